@@ -1,0 +1,58 @@
+"""Packaging of speed_diffusers. Build requirements and tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# Read, not imported: importing the package would need torch before anything is installed.
+VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "speed_diffusers/__init__.py").read_text("utf-8"), re.M)[1]
+
+# diffusers is capped because scheduler classes spell out their parents' parameters and the exported model mirrors the
+# layout of its DiT; both are checked against these minors only.
+CORE = ["torch>=2.6", "diffusers>=0.42,<0.44", "safetensors", "huggingface_hub", "numpy"]
+TRAIN = [
+    "accelerate>=1.15,<2",
+    "datasets>=5.2,<6",
+    "filelock",
+    "omegaconf>=2.4",
+    "pillow",
+    "pyarrow",
+    "matplotlib",
+    "tensorboard",
+    "tqdm",
+    "pyyaml",
+]
+EVAL = ["clean-fid", "scipy"]
+TEST = [*TRAIN, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "scipy"]
+DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
+
+setup(
+    name="speed-diffusers",
+    version=VERSION,
+    description="SpeeD for Hugging Face diffusers: train diffusion models in a fraction of the usual steps",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The speed_diffusers authors",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    keywords=["diffusion", "diffusers", "training", "timestep sampling", "DiT"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["speed_diffusers", "speed_diffusers.*"]),
+    package_data={"speed_diffusers": ["py.typed", "assets/**"]},
+    install_requires=CORE,
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "dev": DEV},
+    zip_safe=False,
+)

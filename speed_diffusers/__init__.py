@@ -1,0 +1,9 @@
+"""SpeeD for diffusers: train diffusion models in a fraction of the usual steps (arXiv 2405.17403)."""
+
+from .errors import InputError
+from .schedulers import SpeeDDDIMScheduler, SpeeDDDPMScheduler, SpeeDSchedulerMixin
+from .presets import PRESETS
+
+__version__ = "0.1.0"
+
+__all__ = ["PRESETS", "InputError", "SpeeDDDIMScheduler", "SpeeDDDPMScheduler", "SpeeDSchedulerMixin"]

@@ -1,0 +1,259 @@
+"""Checkpoints from which a run goes on exactly: safetensors and JSON in one folder, written whole or not at all.
+
+A checkpoint holds full tensors, whatever the run was sharded over, so it resumes on any number of processes. There is
+no generator or loader state in it: draws and data order are functions of the step. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .ema import ExponentialMovingAverage
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
+_TEMPORARY = ".tmp-checkpoint-"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whole and on the CPU, gathered where they are sharded; every process must call it."""
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()  # type: ignore[operator]
+        for name, value in state.items()
+    }
+
+
+def save_checkpoint(
+    output_dir: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    ema: ExponentialMovingAverage,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    is_main_process: bool,
+) -> Path:
+    """Writes `checkpoint-<step>`: to a temporary folder, hashed, synced to disk, then renamed.
+
+    Every process must call it, since gathering sharded tensors takes all of them; the main process writes.
+
+    Args:
+        output_dir: Folder of the run.
+        step: Optimizer steps done.
+        model: The model without its data-parallel wrapper.
+        ema: Its moving average.
+        optimizer: The optimizer itself, not accelerate's wrapper.
+        state: Anything else to keep, as JSON values.
+        is_main_process: Whether this process writes.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        OSError: The disk is full or not writable; checkpoints that were there are untouched.
+    """
+    weights = get_model_state_dict(model, options=_FULL)
+    moments = get_optimizer_state_dict(model, optimizer, options=_FULL)
+    averages = full_tensors(ema.state_dict())
+    target = output_dir / f"checkpoint-{step}"
+    if not is_main_process:
+        return target
+    for leftover in output_dir.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+    temporary = output_dir / f"{_TEMPORARY}{step}"
+    temporary.mkdir(parents=True)
+    try:
+        save_file(_contiguous(weights), temporary / MODEL)
+        save_file(_contiguous(averages), temporary / EMA)
+        save_file(_contiguous(_flat_moments(moments["state"])), temporary / OPTIMIZER)
+        document = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "param_groups": moments["param_groups"],
+            **state,
+        }
+        (temporary / STATE).write_text(json.dumps(document, indent=1))
+        names = (MODEL, EMA, OPTIMIZER, STATE)
+        manifest = {name: _digest(temporary / name) for name in names}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (*names, MANIFEST):
+            _sync(temporary / name)
+        _replace_folder(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    ema: ExponentialMovingAverage,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Puts the tensors of a verified checkpoint back into model, average and optimizer.
+
+    Args:
+        folder: From `find_checkpoint`.
+        model: The model without its data-parallel wrapper.
+        ema: Its moving average.
+        optimizer: The optimizer itself, not accelerate's wrapper.
+
+    Raises:
+        InputError: The checkpoint is of another model.
+    """
+    document = read_state(folder)
+    try:
+        set_model_state_dict(model, load_file(folder / MODEL), options=StateDictOptions(full_state_dict=True))
+        ema.load_state_dict(load_file(folder / EMA))
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{folder} is a checkpoint of another model: {str(error).splitlines()[0]}") from error
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / OPTIMIZER).items():
+        key, parameter = name.split("/", maxsplit=1)
+        moments.setdefault(parameter, {})[key] = value
+    set_optimizer_state_dict(
+        model,
+        optimizer,
+        optim_state_dict={"state": moments, "param_groups": document["param_groups"]},
+        options=StateDictOptions(full_state_dict=True),
+    )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        InputError: Its format is newer than this code.
+    """
+    document: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if document["format_version"] > FORMAT_VERSION:
+        raise InputError(f"{folder} has checkpoint format {document['format_version']}; this version reads up to 1.")
+    return document
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, newest first; not yet verified."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=_step_of, reverse=True)
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """The checkpoint to go on from, its files checked against their hashes.
+
+    Args:
+        output_dir: Folder of the run.
+        resume_from_checkpoint: "latest" (the newest whole one, passing over damaged ones with a warning) or a folder.
+
+    Returns:
+        The folder, or None if "latest" finds no whole checkpoint.
+
+    Raises:
+        InputError: The named folder is missing or damaged.
+    """
+    if resume_from_checkpoint != "latest":
+        folder = Path(resume_from_checkpoint)
+        problem = _problem_of(folder)
+        if problem:
+            raise InputError(f"resume_from_checkpoint={resume_from_checkpoint}: {problem}")
+        return folder
+    for folder in list_checkpoints(output_dir):
+        problem = _problem_of(folder)
+        if problem is None:
+            return folder
+        logger.warning("Passing over a damaged checkpoint: %s", problem)
+    return None
+
+
+def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
+    """Deletes the oldest checkpoints beyond `total_limit`; the newest always stays."""
+    if total_limit is None:
+        return
+    for folder in list_checkpoints(output_dir)[max(total_limit, 1) :]:
+        try:
+            # Out of the way first: a deletion that is cut short must not leave half a checkpoint under a good name.
+            doomed = folder.with_name(f"{_TEMPORARY}old-{_step_of(folder)}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("Could not delete the old checkpoint %s: %s", folder, error)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _flat_moments(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{key}/{name}": value for name, values in state.items() for key, value in values.items()}
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words, or None."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder."
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in (MODEL, EMA, OPTIMIZER, STATE):
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing."
+            if _digest(path) != manifest[name]:
+                return f"{path} is damaged: it does not match the hash it was saved with."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / MANIFEST} is missing or damaged ({type(error).__name__})."
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Renames a folder over another one and makes the rename durable."""
+    if target.exists():
+        # A folder cannot be renamed over a full one; the old one goes only when the new one is complete on disk.
+        aside = target.with_name(f"{_TEMPORARY}replaced-{target.name}")
+        target.rename(aside)
+        source.rename(target)
+        shutil.rmtree(aside)
+    else:
+        source.rename(target)
+    _sync(target.parent)
+
+

@@ -1,0 +1,66 @@
+"""Export to a plain DiTPipeline: stock classes only, so that it opens where nobody has heard of this package."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from .models import label_to_embedding_row
+
+SIDECAR = "speed_training.json"
+"""File beside `model_index.json` with the run's configuration; stock diffusers does not read it."""
+
+
+def inference_pipeline(
+    transformer: DiTTransformer2DModel,
+    vae: AutoencoderKL,
+    schedule: Mapping[str, Any],
+    label_names: Sequence[str] | None,
+) -> DiTPipeline:
+    """A stock pipeline around a trained transformer.
+
+    Args:
+        transformer: From `models.export_transformer`.
+        vae: The autoencoder that made the latents.
+        schedule: Config of the training scheduler; its schedule and prediction type go into a DDIM scheduler.
+        label_names: Name of each class id, or None for a model without classes.
+    """
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    zero_snr = schedule["rescale_betas_zero_snr"]
+    scheduler = DDIMScheduler(
+        **{key: schedule[key] for key in kept},
+        rescale_betas_zero_snr=zero_snr,
+        # Latents are not bounded by 1, and a schedule that ends without signal must be sampled from its very end.
+        clip_sample=False,
+        timestep_spacing="trailing" if zero_snr else "leading",
+    )
+    id2label = None if label_names is None else embedding_row_names(label_names)
+    pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
+    if id2label is not None:
+        # DiTPipeline forgets its labels on saving unless they are part of its config.
+        pipeline.register_to_config(id2label={str(row): name for row, name in id2label.items()})
+    return pipeline
+
+
+def embedding_row_names(label_names: Sequence[str]) -> dict[int, str]:
+    """Rows of the label table to names: what `DiTPipeline` calls `id2label`."""
+    rows = label_to_embedding_row(torch.arange(len(label_names))).tolist()
+    return dict(zip(rows, label_names, strict=True))
+
+
+def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any]) -> None:
+    """Saves a pipeline whole or not at all, with a sidecar file that says how it was trained."""
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    try:
+        pipeline.save_pretrained(temporary)
+        (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

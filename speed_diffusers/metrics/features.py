@@ -1,0 +1,147 @@
+"""A small image classifier whose penultimate features measure how close generated images are to real ones."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from speed_diffusers.errors import InputError
+
+FEATURE_DIM = 64
+SHIPPED_CLASSIFIER = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "classifier.safetensors"
+_MAP_SIZE = 4  # height and width of the last feature map; at 32x32 input the pooling to it is the identity
+_WIDTHS = (24, 32, 48, 48)
+
+
+class SmallClassifier(nn.Module):
+    """Four convolutions, a 64-dimensional embedding of the whole 4x4 map, one linear head.
+
+    The embedding sees where a part of the garment is, not only that it is there (no global average pooling), and is
+    batch-normalised without an activation, so that over real images each feature has about zero mean and unit
+    variance and is closer to Gaussian than rectified features would be: that is what a Fréchet distance assumes.
+
+    Args:
+        num_classes: Number of classes of the head, at least 2.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise InputError(f"num_classes={num_classes}, but a classifier needs at least 2 classes.")
+        self.num_classes = num_classes
+        self.trunk = nn.Sequential(
+            _convolution(1, _WIDTHS[0], stride=2),  # (N, 24, H/2, W/2)
+            _convolution(_WIDTHS[0], _WIDTHS[1], stride=1),  # (N, 32, H/2, W/2)
+            _convolution(_WIDTHS[1], _WIDTHS[2], stride=2),  # (N, 48, H/4, W/4)
+            _convolution(_WIDTHS[2], _WIDTHS[3], stride=2),  # (N, 48, H/8, W/8)
+            nn.AdaptiveAvgPool2d(_MAP_SIZE),  # (N, 48, 4, 4)
+            nn.Flatten(),  # (N, 768)
+        )
+        self.embedding = nn.Sequential(
+            nn.Linear(_WIDTHS[3] * _MAP_SIZE**2, FEATURE_DIM, bias=False), nn.BatchNorm1d(FEATURE_DIM)
+        )
+        self.head = nn.Linear(FEATURE_DIM, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Penultimate features.
+
+        Args:
+            images: (N, 3, H, W), floating point, in [0, 1]; H and W at least 8. Trained at 32x32. The channels are
+                averaged, so colour is not seen.
+
+        Returns:
+            (N, 64) in the dtype of the weights, about zero mean and unit variance over the training images.
+
+        Raises:
+            InputError: If the images have another number of dimensions or channels, or are not floating point.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise InputError(
+                f"images of shape {tuple(images.shape)} and dtype {images.dtype}, expected (N, 3, H, W) floating point."
+            )
+        grey = images.mean(dim=1, keepdim=True)  # (N, 1, H, W)
+        embedded: torch.Tensor = self.embedding(self.trunk(grey * 2 - 1))
+        return embedded
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Class logits (N, num_classes) for images as `features` takes them."""
+        logits: torch.Tensor = self.head(nn.functional.silu(self.features(images)))
+        return logits
+
+
+def _convolution(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.SiLU(),
+    )
+
+
+def save_classifier(classifier: SmallClassifier, path: Path) -> None:
+    """Writes the weights in half precision as safetensors, with what `load_classifier` needs in the header.
+
+    Args:
+        classifier: The trained classifier.
+        path: File to write; an existing one is replaced.
+    """
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in classifier.state_dict().items()
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        path,
+        metadata={"format": "pt", "num_classes": json.dumps(classifier.num_classes)},
+    )
+
+
+def load_classifier(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> SmallClassifier:
+    """The classifier in float32, frozen and in evaluation mode.
+
+    Args:
+        path: File written by `train_scripts/train_classifier.py`. None is the shipped one (Fashion-MNIST, 32x32).
+        device: Where the weights go.
+
+    Raises:
+        InputError: If there is no such file or it does not hold this classifier.
+    """
+    path = SHIPPED_CLASSIFIER if path is None else Path(path)
+    if not path.is_file():
+        raise InputError(f"No classifier at '{path}'. Make one with train_scripts/train_classifier.py.")
+    state = load_file(path)
+    if "head.bias" not in state:
+        raise InputError(f"'{path}' holds no classifier of train_scripts/train_classifier.py.")
+    classifier = SmallClassifier(num_classes=state["head.bias"].shape[0])
+    classifier.load_state_dict(state)
+    return classifier.float().eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def extract_features(classifier: SmallClassifier, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Features of image batches, one batch at a time, so that any number of images fits in memory.
+
+    Args:
+        classifier: In evaluation mode, as `load_classifier` returns it.
+        batches: Batches (N, 3, H, W) in [0, 1], floating point, on any device.
+
+    Yields:
+        (N, 64) float32 features on the CPU for each batch.
+
+    Raises:
+        InputError: If the classifier is in training mode: batch statistics would leak between images.
+    """
+    if classifier.training:
+        raise InputError("The classifier is in training mode; call .eval() before extracting features.")
+    weight = classifier.head.weight
+    for batch in batches:
+        yield classifier.features(batch.to(device=weight.device, dtype=weight.dtype)).float().cpu()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, by which a score names the exact extractor and reference behind it."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

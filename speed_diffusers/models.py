@@ -1,0 +1,242 @@
+"""DiT as it should be trained with diffusers: its sizes, initialisation, one conditioning embedder, and export.
+
+`DiTTransformer2DModel` gives every block its own timestep and label embedder, each with its own random label drop, and
+leaves the initialisation to torch's defaults. Here one embedder stands beside the transformer during training, its
+output travels through the blocks' `timestep` argument, and `export` copies it into every block again, so that the
+stock class computes the same function bit for bit.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from torch import Tensor, nn
+
+from .errors import InputError, unknown_name
+
+NULL_CLASS = 1000
+"""Row of the label table that means "no class": the literal that the stock `DiTPipeline` guides with."""
+
+PATCH_SIZES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DiTSize:
+    """Depth, heads and channels a head of one DiT (Peebles and Xie, arXiv 2212.09748, table 1)."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+
+
+DIT_SIZES: dict[str, DiTSize] = {
+    "tiny": DiTSize(6, 4, 32),
+    "S": DiTSize(12, 6, 64),
+    "B": DiTSize(12, 12, 64),
+    "L": DiTSize(24, 16, 64),
+    "XL": DiTSize(28, 16, 72),
+}
+"""DiT's four sizes and one that trains on a laptop's CPU in minutes."""
+
+MODEL_NAMES = tuple(f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in PATCH_SIZES)
+
+
+def dit_config(
+    model: str, *, sample_size: int, in_channels: int, out_channels: int, num_classes: int
+) -> dict[str, Any]:
+    """The `DiTTransformer2DModel` config of a named size.
+
+    Args:
+        model: One of `MODEL_NAMES`, such as "DiT-XL/2".
+        sample_size: Side of the square latent; a multiple of the patch size.
+        in_channels: Latent channels.
+        out_channels: The same, or twice as many for a learned variance.
+        num_classes: Classes of the data, at least 0 (0: unconditional).
+
+    Raises:
+        InputError: Unknown model, or a latent that the patch size does not divide.
+    """
+    if model not in MODEL_NAMES:
+        raise unknown_name("model", model, MODEL_NAMES)
+    name, patch = model.removeprefix("DiT-").split("/")
+    if sample_size % int(patch):
+        raise InputError(f"model={model}: patches of {patch} do not divide latents of {sample_size}x{sample_size}.")
+    size = DIT_SIZES[name]
+    return {
+        "num_layers": size.num_layers,
+        "num_attention_heads": size.num_attention_heads,
+        "attention_head_dim": size.attention_head_dim,
+        "patch_size": int(patch),
+        "sample_size": sample_size,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        # At least 1000, so that row 1000 is the null class for any number of classes.
+        "num_embeds_ada_norm": max(num_classes, NULL_CLASS),
+        "norm_type": "ada_norm_zero",
+    }
+
+
+def label_to_embedding_row(labels: Tensor) -> Tensor:
+    """Class ids to rows of the label table: ids from 1000 up move by one, since row 1000 is the null class.
+
+    Args:
+        labels: int64, any shape, class ids from 0.
+    """
+    return labels + (labels >= NULL_CLASS).to(labels.dtype)
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a block's embedder: the conditioning arrives ready-made as `timestep`."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        return timestep
+
+
+class TrainableDiT(nn.Module):
+    """A DiT in training form: one conditioning embedder, and a transformer whose blocks hold none.
+
+    No parameter is shared and nothing is remembered between calls, so gradient checkpointing, compilation and
+    sharding see an ordinary module.
+
+    Args:
+        transformer: A stock transformer; its blocks' embedders are taken out. Block 0's becomes the embedder.
+        tie_embedders: False keeps the stock module with an embedder in each block, its random label drop off.
+
+    Raises:
+        InputError: The blocks' embedders differ, so tying them would change the function.
+    """
+
+    def __init__(self, transformer: DiTTransformer2DModel, *, tie_embedders: bool = True) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.tie_embedders = tie_embedders
+        self.embedder: nn.Module = nn.Identity()
+        embedders = [cast(Any, block).norm1.emb for block in transformer.transformer_blocks]
+        for embedder in embedders:
+            # Labels are dropped once a sample, by the objective; the table keeps its null row.
+            embedder.class_embedder.dropout_prob = 0.0
+        if not tie_embedders:
+            return
+        for index, embedder in enumerate(embedders[1:], start=1):
+            if embedder is not embedders[0] and not _equal_weights(embedder, embedders[0]):
+                raise InputError(
+                    f"The conditioning embedders of blocks 0 and {index} differ, so one cannot stand for all; "
+                    "set tie_embedders=false to train the model as it is."
+                )
+        self.embedder = embedders[0]
+        for block in transformer.transformer_blocks:
+            cast(Any, block).norm1.emb = _PassThrough()
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_rows: Tensor) -> Tensor:
+        """Predicts the target for a batch of noisy latents.
+
+        Args:
+            sample: Noisy latents (B, C, H, W), H = W.
+            timestep: (B,), as the scheduler's `add_noise` took them.
+            class_rows: int64 (B,), rows of the label table (`label_to_embedding_row`, or `NULL_CLASS`).
+
+        Returns:
+            (B, out_channels, H, W).
+        """
+        conditioning = timestep
+        if self.tie_embedders:
+            conditioning = self.embedder(timestep, class_rows, hidden_dtype=self.transformer.dtype)
+        return cast(
+            Tensor, self.transformer(sample, timestep=conditioning, class_labels=class_rows, return_dict=False)[0]
+        )
+
+
+def _equal_weights(first: nn.Module, second: nn.Module) -> bool:
+    others = second.state_dict()
+    return all(torch.equal(value, others[name]) for name, value in first.state_dict().items())
+
+
+def build_dit(
+    config: Mapping[str, Any], generator: torch.Generator | None, *, tie_embedders: bool = True
+) -> TrainableDiT:
+    """A new DiT in training form with DiT's initialisation; its output is exactly zero.
+
+    Args:
+        config: As `dit_config` makes it.
+        generator: Source of the initial weights; None leaves them as torch makes them (for meta devices).
+        tie_embedders: As in `TrainableDiT`.
+    """
+    transformer = DiTTransformer2DModel(**config)
+    if tie_embedders:
+        # One and the same in all blocks, so that tying them is no question: what they hold is overwritten.
+        first = cast(Any, transformer.transformer_blocks[0]).norm1.emb
+        for block in transformer.transformer_blocks:
+            cast(Any, block).norm1.emb = first
+    model = TrainableDiT(transformer, tie_embedders=tie_embedders)
+    if generator is not None:
+        initialise(model, generator)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: TrainableDiT, generator: torch.Generator) -> None:
+    """DiT's initialisation (Peebles and Xie, arXiv 2212.09748, section 3.2, adaLN-Zero).
+
+    Xavier-uniform linear layers with zero bias, the patch embedding like a linear layer, embedders N(0, 0.02^2), and
+    zeros for every adaLN projection and the output layer.
+    """
+    transformer = cast(Any, model.transformer)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patches = transformer.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=generator)
+    nn.init.zeros_(patches.bias)
+    for embedder in model.modules():
+        if isinstance(embedder, CombinedTimestepLabelEmbeddings):
+            for weight in (
+                embedder.class_embedder.embedding_table.weight,
+                embedder.timestep_embedder.linear_1.weight,
+                embedder.timestep_embedder.linear_2.weight,
+            ):
+                nn.init.normal_(weight, std=0.02, generator=generator)
+    for linear in (
+        *(block.norm1.linear for block in transformer.transformer_blocks),
+        transformer.proj_out_1,
+        transformer.proj_out_2,
+    ):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def stock_state_dict(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """The state dict of the stock class from that of the training form: the embedder copied into every block.
+
+    Args:
+        state: State dict of a `TrainableDiT`, or of its moving average.
+        num_layers: Number of blocks.
+    """
+    stock = {
+        name.removeprefix("transformer."): value for name, value in state.items() if name.startswith("transformer.")
+    }
+    for name, value in state.items():
+        if name.startswith("embedder."):
+            for layer in range(num_layers):
+                stock[f"transformer_blocks.{layer}.norm1.emb.{name.removeprefix('embedder.')}"] = value
+    return stock
+
+
+def export_transformer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTTransformer2DModel:
+    """A stock transformer that computes exactly what the training form with this state does.
+
+    Args:
+        config: Config of the training form's transformer.
+        state: State dict of the training form, or of its moving average.
+    """
+    plain = {name: value for name, value in config.items() if not re.match("_", name)}
+    transformer = DiTTransformer2DModel(**plain)
+    transformer.load_state_dict(stock_state_dict(state, transformer.config["num_layers"]))
+    for block in transformer.transformer_blocks:
+        cast(Any, block).norm1.emb.class_embedder.dropout_prob = 0.0
+    return transformer.eval()

@@ -1,0 +1,97 @@
+"""The images that the scripts for the VAE, the classifier and the reference statistics read, and batches of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from speed_diffusers.data import ImageDataset, ImageSource, collate, open_images
+from speed_diffusers.data.order import BatchLayout, BatchOrder
+from speed_diffusers.errors import InputError
+
+
+@dataclass
+class ImageSettings:
+    """Which images; the scripts' own settings inherit these."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, or embedded for the set in the package (default without other data)"}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of the Hub data set"})
+    split: str = field(default="train", metadata={"help": "split of dataset_name to train on"})
+    validation_split: str | None = field(default=None, metadata={"help": "split of dataset_name to measure on"})
+    train_data_dir: str | None = field(default=None, metadata={"help": "image folder, parquet folder or file"})
+    validation_data_dir: str | None = field(default=None, metadata={"help": "held-out images, like train_data_dir"})
+    image_column: str = field(default="image", metadata={"help": "column with the images"})
+    label_column: str | None = field(default="label", metadata={"help": "column with the class, or None"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where datasets keeps its copies"})
+    resolution: int = field(default=32, metadata={"help": "side of the images in pixels"})
+    num_workers: int = field(default=0, metadata={"help": "processes that decode images"})
+    seed: int = field(default=0, metadata={"help": "initialisation, order and every draw"})
+
+    def __post_init__(self) -> None:
+        if self.resolution < 8:
+            raise InputError(f"resolution={self.resolution}, but must be at least 8.")
+        if self.dataset_name is None and self.train_data_dir is None:
+            self.dataset_name = "embedded"
+
+
+def require_at_least(minimum: float, **values: float) -> None:
+    """Raises `InputError` for the first named value that is below `minimum`."""
+    for name, value in values.items():
+        if value < minimum:
+            raise InputError(f"{name}={value}, but must be at least {minimum}.")
+
+
+def open_training_images(settings: ImageSettings) -> ImageSource:
+    """The images to train on."""
+    return _open(settings, settings.train_data_dir, settings.split)
+
+
+def open_validation_images(settings: ImageSettings) -> ImageSource | None:
+    """The held-out images, or None where the settings name none."""
+    if settings.validation_data_dir is not None:
+        return _open(settings, settings.validation_data_dir, "test")
+    if settings.validation_split is not None:
+        return _open(settings, None, settings.validation_split)
+    return None
+
+
+def _open(settings: ImageSettings, data_dir: str | None, split: str) -> ImageSource:
+    return open_images(
+        dataset_name=settings.dataset_name if data_dir is None else None,
+        dataset_config_name=settings.dataset_config_name,
+        train_data_dir=data_dir,
+        split=split,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        cache_dir=settings.cache_dir,
+    )
+
+
+def training_batches(
+    source: ImageSource, settings: ImageSettings, *, batch_size: int, steps: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`steps` shuffled batches: images (B, 3, R, R) float32 in [0, 1], labels (B,) int64."""
+    order = BatchOrder(len(source), BatchLayout(batch_size), seed=settings.seed, first_step=0, max_steps=steps)
+    yield from _load(source, settings, order)
+
+
+def all_batches(
+    source: ImageSource, settings: ImageSettings, *, description: str, batch_size: int = 250
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every image once, in order, with a progress bar; batches as `training_batches` gives them."""
+    rows = range(len(source))
+    order = [list(rows[begin : begin + batch_size]) for begin in range(0, len(source), batch_size)]
+    yield from tqdm(_load(source, settings, order), desc=description, total=len(order), unit="batch", leave=False)
+
+
+def _load(
+    source: ImageSource, settings: ImageSettings, order: BatchOrder | list[list[int]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    dataset = ImageDataset(source, resolution=settings.resolution)
+    loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=settings.num_workers)
+    for batch in loader:
+        yield batch["pixel_values"].float() / 255, batch["labels"]

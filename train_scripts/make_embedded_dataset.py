@@ -1,0 +1,98 @@
+"""Writes Fashion-MNIST images as the parquet file that ships with the package, or as a full split to train assets on.
+
+    python train_scripts/make_embedded_dataset.py
+    python train_scripts/make_embedded_dataset.py split=train per_class=0 output=fashion_mnist_train.parquet
+    python train_scripts/make_embedded_dataset.py split=test per_class=0 output=fashion_mnist_test.parquet
+
+The first command makes the shipped set (9,000 images, seconds). The source is the four IDX files of Fashion-MNIST
+(MIT), for example from the Debian package dataset-fashion-mnist.
+"""
+
+import gzip
+import io
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from command_line import run_script
+from PIL import Image
+from tqdm import tqdm
+
+from speed_diffusers.config import load_config
+from speed_diffusers.errors import InputError
+
+ASSETS = Path(__file__).parents[1] / "speed_diffusers" / "assets" / "fashion_mnist"
+LABEL_NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+IDX_PREFIXES = {"train": "train", "test": "t10k"}
+PADDING = 2  # 28x28 becomes 32x32, which a VAE can halve twice and a DiT cut into patches
+
+
+@dataclass
+class EmbeddedDatasetConfig:
+    idx_dir: str = "/usr/share/datasets/fashion-mnist"
+    """Folder of the four .gz IDX files."""
+    split: str = "train"
+    """train (60,000 images) or test (10,000)."""
+    per_class: int = 900
+    """Images of each class, chosen by the seed; 0 takes all, in the order of the source."""
+    seed: int = 0
+    """Chooses the images and their order."""
+    output: str = str(ASSETS / "train.parquet")
+    """The parquet file to write."""
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A uint8 array from a gzipped IDX file (big-endian: two zero bytes, type, rank, the dimensions, the values)."""
+    if not path.is_file():
+        raise InputError(f"No file '{path}'. idx_dir must hold the four .gz files of Fashion-MNIST.")
+    data = gzip.decompress(path.read_bytes())
+    zeros, dtype, rank = struct.unpack(">HBB", data[:4])
+    if zeros != 0 or dtype != 8:
+        raise InputError(f"'{path}' is not an IDX file of unsigned bytes.")
+    shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def choose(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Indices (N,) of `per_class` images of each class in a random order; all images in their order if it is 0."""
+    if per_class == 0:
+        return np.arange(len(labels))
+    smallest = int(np.bincount(labels).min())
+    if not 0 < per_class <= smallest:
+        raise InputError(f"per_class={per_class}, but the smallest class has {smallest} images (0 takes all).")
+    random = np.random.default_rng(seed)
+    chosen = [random.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in np.unique(labels)]
+    return random.permutation(np.concatenate(chosen))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Optimised PNG bytes of a grey image (H, W) uint8 after zero padding."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.pad(image, PADDING)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(EmbeddedDatasetConfig, argv, Path(__file__).parent)
+    if config.split not in IDX_PREFIXES:
+        raise InputError(f"Unknown split '{config.split}'. Allowed: {', '.join(IDX_PREFIXES)}.")
+    stem = Path(config.idx_dir) / IDX_PREFIXES[config.split]
+    images = read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))
+    labels = read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"))
+    indices = choose(labels, config.per_class, config.seed)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABEL_NAMES)})
+    columns = {
+        "image": [{"bytes": encode_png(images[i]), "path": None} for i in tqdm(indices, desc="encode", unit="image")],
+        "label": labels[indices].tolist(),
+    }
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # one row group: the images are small, and the footer of each further group would cost more than it gives
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(output, batch_size=len(indices))
+    print(f"{len(indices)} images, {output.stat().st_size / 2**20:.2f} MiB: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

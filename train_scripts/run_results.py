@@ -1,0 +1,163 @@
+"""What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import speed_diffusers
+from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER
+from speed_diffusers.checkpoints import full_tensors, prune_checkpoints, save_checkpoint
+from speed_diffusers.config import config_dict
+from speed_diffusers.errors import InputError, unknown_name
+from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
+from speed_diffusers.models import NULL_CLASS, export_transformer
+from speed_diffusers.plots import mosaic, save_class_grid
+from speed_diffusers.sampling import generate
+from speed_diffusers.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiTPipeline
+    from training_setup import Inputs, TrainingRun
+
+
+def describe_plan(inputs: "Inputs") -> str:
+    """The run in a few lines: model, data, steps, and where SpeeD draws its timesteps."""
+    config, layout, core = inputs.config, inputs.layout, inputs.core
+    tables = inputs.scheduler.speed_tables
+    parameters = sum(parameter.numel() for parameter in core.parameters())
+    shape = core.transformer.config
+    epochs = config.max_train_steps * layout.global_batch / len(inputs.source)
+    areas = vars(inputs.scheduler.speed_areas).items()
+    shares = ", ".join(
+        f"{name} [{area.start}, {area.stop}) {float(tables.pmf[area.start : area.stop].sum()):.1%}" for name, area in areas
+    )
+    lines = {
+        "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{shape.sample_size}x{shape.sample_size}",
+        "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
+        "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): {layout.per_device} "
+        f"a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
+        "speed": f"{config.speed_sampling} sampling, {config.speed_weighting} weighting, {config.prediction_type}",
+        "draws": shares,
+        "output": config.output_dir,
+    }
+    return "\n".join(f"{name:>7}: {text}" for name, text in lines.items())
+
+
+def tracker_config(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as trackers take it: no lists, no None."""
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in config_dict(config).items()
+    }
+
+
+def save_state(run: "TrainingRun", step: int) -> None:
+    """Saves a checkpoint, then deletes those beyond the limit."""
+    save_checkpoint(
+        run.output_dir,
+        step=step,
+        model=run.core,
+        ema=run.ema,
+        optimizer=run.optimizer.optimizer,
+        state={
+            "config": config_dict(run.config),
+            "global_batch": run.layout.global_batch,
+            "data_fingerprint": run.source.fingerprint,
+            "version": speed_diffusers.__version__,
+        },
+        is_main_process=run.accelerator.is_main_process,
+    )
+    if run.accelerator.is_main_process:
+        prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit)
+    run.accelerator.wait_for_everyone()
+
+
+def save_validation_grid(run: "TrainingRun", step: int) -> None:
+    """Draws the same noise and classes as ever with the averaged weights, to a PNG and the trackers."""
+    pipeline = averaged_pipeline(run)
+    if run.accelerator.is_main_process:
+        folder = run.output_dir / VALIDATION_FOLDER
+        folder.mkdir(exist_ok=True)
+        draw_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
+    run.accelerator.wait_for_everyone()
+
+
+def save_results(run: "TrainingRun") -> None:
+    """Exports the averaged weights as a plain pipeline and draws `samples.png` with it."""
+    began = time.perf_counter()
+    pipeline = averaged_pipeline(run)
+    if run.accelerator.is_main_process:
+        sidecar = {"speed_diffusers": speed_diffusers.__version__, "training_config": config_dict(run.config)}
+        save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
+        config = run.config
+        title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
+        draw_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+        print(
+            f"Saved {run.output_dir / PIPELINE_FOLDER} and {run.output_dir / SAMPLES_FILE} "
+            f"in {time.perf_counter() - began:.0f} s."
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def averaged_pipeline(run: "TrainingRun") -> "DiTPipeline":
+    """A stock pipeline with the averaged weights; every process must call it."""
+    transformer = export_transformer(run.core.transformer.config, full_tensors(run.ema.state_dict()))
+    names = run.source.label_names
+    pipeline = inference_pipeline(transformer, run.vae, run.scheduler.config, names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(run.accelerator.device)
+
+
+def draw_grid(run: "TrainingRun", pipeline: "DiTPipeline", path: Path, title: str, step: int) -> None:
+    """One row of samples a class."""
+    config = run.config
+    rows = chosen_classes(config.validation_class_labels, run.source.label_names)
+    images = class_samples(
+        pipeline,
+        list(rows),
+        config.num_validation_images,
+        seed=config.seed,
+        batch_size=config.vae_batch_size,
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps,
+    )
+    save_class_grid(images, list(rows.values()), title, path)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            sheet = mosaic(images, config.num_validation_images)
+            tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")
+
+
+def class_samples(
+    pipeline: "DiTPipeline", rows: list[int], num_images: int, *, seed: int, batch_size: int, **options: Any
+) -> npt.NDArray[np.float32]:
+    """`num_images` of each class, class by class: float32 (classes x num_images, H, W, 3)."""
+    labels = [row for row in rows for _ in range(num_images)]
+    return np.concatenate(list(generate(pipeline, labels, seed=seed, batch_size=batch_size, **options)))
+
+
+def chosen_classes(wanted: list[str], label_names: list[str] | None) -> dict[int, str]:
+    """Rows of the label table, with names, for classes given by name or id; the first ten if none are given.
+
+    Raises:
+        InputError: A name or id that is not among the classes.
+    """
+    if label_names is None:
+        if wanted:
+            raise InputError(f"class_labels={','.join(wanted)}: the model has no classes.")
+        return {NULL_CLASS: "unconditional"}
+    rows = embedding_row_names(label_names)
+    if not wanted:
+        return dict(list(rows.items())[:10])
+    by_name = {name: row for row, name in rows.items()}
+    by_id = {str(index): row for index, row in enumerate(rows)}
+    chosen = {}
+    for label in wanted:
+        row = by_name.get(label, by_id.get(label))
+        if row is None:
+            raise unknown_name("class label", label, by_name)
+        chosen[row] = rows[row]
+    return chosen

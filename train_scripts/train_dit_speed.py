@@ -1,0 +1,198 @@
+"""Trains a class-conditional DiT with SpeeD and leaves a plain DiTPipeline.
+
+On any laptop, with the images and the autoencoder that the package ships (about ten minutes on two CPU cores):
+
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_scripts/train_dit_speed.py
+
+ImageNet at 256x256 with DiT-XL/2 on the GPUs of one machine:
+
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train_scripts/train_dit_speed.py \
+        config=imagenet_256/dit_xl2 output_dir=runs/dit_xl2
+
+Options are key=value or --key value; config=NAME takes a file from train_scripts/configs/. An interrupted run goes on
+with the same command and resume_from_checkpoint=latest.
+"""
+
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tqdm.auto import tqdm
+
+from command_line import run_script
+from run_folder import METRICS_FILE
+from run_results import describe_plan, save_results, save_state, save_validation_grid, tracker_config
+from speed_diffusers.config import load_config
+from speed_diffusers.objective import denoising_loss, drop_labels
+from speed_diffusers.tracking import MetricsFile
+from speed_diffusers.train_config import TrainConfig
+from training_setup import TrainingRun, check_inputs, start_run
+
+SCRIPT_DIR = Path(__file__).resolve().parent
+DEFAULT_CONFIG = "quickstart/fashion_mnist"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the options say.
+
+    Raises:
+        InputError: Wrong options or data; nothing has been written.
+    """
+    config = load_config(TrainConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
+    inputs = check_inputs(config)
+    inputs.accelerator.print(describe_plan(inputs))
+    if config.dry_run:
+        return
+    run = start_run(inputs)
+    run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
+    stopped_by = train(run)
+    if stopped_by is None:
+        save_results(run)
+    run.accelerator.end_training()
+    if stopped_by is not None:
+        sys.exit(128 + stopped_by)
+
+
+def train(run: TrainingRun) -> int | None:
+    """The training loop: from the run's first step to its last.
+
+    Returns:
+        None, or the number of the signal that stopped it; its state is saved then.
+    """
+    config, accelerator, model, layout = run.config, run.accelerator, run.model, run.layout
+    log = StepLog(run)
+    stop = StopRequest()
+    max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
+    batches = iter(run.loader)
+    for step in range(run.first_step, config.max_train_steps):
+        draws = run.draws(step)
+        for micro_step in range(layout.accumulation):
+            batch = next(batches)
+            part = draws.part(layout.span(micro_step))
+            clean = run.latents(batch, part)
+            class_rows = drop_labels(run.labels(batch), part.dropped)
+            is_last = micro_step == layout.accumulation - 1
+            # Gradients travel between processes once an optimizer step.
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                result = denoising_loss(model, run.scheduler, clean, class_rows, part.timesteps, part.noise)
+                accelerator.backward(result.loss / layout.accumulation)
+            log.add(result.loss, result.squared_error)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        run.guard.observe(grad_norm, step + 1)
+        run.optimizer.step()
+        run.lr_scheduler.step()
+        run.optimizer.zero_grad()
+        run.ema.update()
+
+        done, is_end = step + 1, step + 1 == config.max_train_steps
+        log.advance()
+        if is_end or done % config.logging_steps == 0:
+            log.write(done, grad_norm)
+            stopped_by = stop.agreed(run)
+            if stopped_by is not None:
+                save_state(run, done)
+                log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
+                return stopped_by
+        if is_end or (config.checkpointing_steps and done % config.checkpointing_steps == 0):
+            save_state(run, done)
+        if config.validation_steps and done % config.validation_steps == 0:
+            save_validation_grid(run, done)
+    log.close()
+    return None
+
+
+class StepLog:
+    """Progress bar, `metrics.jsonl` and trackers; asks the device for numbers at logging steps only."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+        is_main = run.accelerator.is_main_process
+        self.metrics = MetricsFile(run.output_dir / METRICS_FILE, run.first_step) if is_main else None
+        self.progress = tqdm(
+            total=run.config.max_train_steps,
+            initial=run.first_step,
+            desc="Training",
+            unit="step",
+            disable=not is_main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.sums = torch.zeros(2, device=self.run.accelerator.device)
+        self.micro_steps = 0
+        self.steps = 0
+        self.began = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, squared_error: torch.Tensor) -> None:
+        """Takes in the losses of a micro-step without waiting for them."""
+        self.sums += torch.stack((loss.detach(), squared_error.mean()))
+        self.micro_steps += 1
+
+    def advance(self) -> None:
+        """Counts an optimizer step."""
+        self.steps += 1
+        self.progress.update()
+
+    def write(self, done: int, grad_norm: torch.Tensor) -> None:
+        """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
+        run = self.run
+        loss, squared_error = run.accelerator.reduce(self.sums / self.micro_steps, reduction="mean").tolist()
+        failed_step = run.guard.failed_step()
+        if failed_step is not None:
+            self.close()
+            raise FloatingPointError(
+                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
+                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
+            )
+        images_seen = done * run.layout.global_batch
+        seconds = time.perf_counter() - self.began
+        values = {
+            "loss": loss,
+            "squared_error": squared_error,
+            "learning_rate": run.lr_scheduler.get_last_lr()[0],
+            "grad_norm": float(grad_norm),
+            "epoch": images_seen / len(run.source),
+            "images_per_second": self.steps * run.layout.global_batch / seconds,
+        }
+        if self.metrics is not None:
+            self.metrics.write({"step": done, **values})
+        run.accelerator.log(values, step=done)
+        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._start_again()
+
+    def close(self, message: str | None = None) -> None:
+        """Ends the progress bar, with a last word."""
+        self.progress.close()
+        if message:
+            self.run.accelerator.print(message)
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def agreed(self, run: TrainingRun) -> int | None:
+        """The signal that any process has received, the same on all of them; None if there was none."""
+        number = torch.tensor([self.number], device=run.accelerator.device)
+        received = int(run.accelerator.gather(number).max())
+        return received or None
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, TrainConfig)

@@ -1,0 +1,224 @@
+"""Trains a small AutoencoderKL whose latents a DiT of the embedded default is trained on.
+
+    python train_scripts/train_vae.py train_data_dir=fashion_mnist_train.parquet \
+        validation_data_dir=fashion_mnist_test.parquet output_dir=vae
+
+Writes the VAE (half precision, as `AutoencoderKL.from_pretrained` reads it) and quality.json to output_dir. About a
+quarter of an hour on one CPU core for Fashion-MNIST (train_scripts/make_embedded_dataset.py writes the two parquet
+files). Without data settings it trains on the 9,000 images in the package. A quick try: max_train_steps=20.
+"""
+
+import json
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from command_line import run_script
+from diffusers import AutoencoderKL
+from image_batches import (
+    ImageSettings,
+    all_batches,
+    open_training_images,
+    open_validation_images,
+    require_at_least,
+    training_batches,
+)
+from tqdm import tqdm
+
+from speed_diffusers.config import load_config
+from speed_diffusers.data import ImageSource
+from speed_diffusers.errors import InputError
+
+
+LATENT_CHANNELS = 4
+WARMUP_STEPS = 100
+
+
+@dataclass
+class VAESettings(ImageSettings):
+    """All settings of this script."""
+
+    output_dir: str = field(default="vae", metadata={"help": "folder for the VAE; an existing one is replaced"})
+    max_train_steps: int = field(default=2800, metadata={"help": "optimizer steps"})
+    train_batch_size: int = field(default=64, metadata={"help": "images a step"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak of the cosine schedule"})
+    kl_weight: float = field(default=5e-4, metadata={"help": "weight of the KL term, per latent value in nats"})
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [16, 32, 48], metadata={"help": "channels of each level; each halves the size"}
+    )
+    mixed_precision: str = field(default="bf16", metadata={"help": "arithmetic", "choices": ("no", "bf16")})
+    device: str = field(default="cpu", metadata={"help": "torch device"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, max_train_steps=self.max_train_steps, train_batch_size=self.train_batch_size)
+        require_at_least(0, learning_rate=self.learning_rate, kl_weight=self.kl_weight)
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if self.resolution % factor:
+            raise InputError(f"resolution={self.resolution} is not divisible by the VAE's factor {factor}.")
+        if any(channels % 8 for channels in self.block_out_channels):
+            raise InputError(f"block_out_channels={self.block_out_channels}, but each must be divisible by 8.")
+
+
+def make_vae(settings: VAESettings) -> AutoencoderKL:
+    """An untrained VAE, without attention: at 8x8 the convolutions already see the whole image."""
+    levels = len(settings.block_out_channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(settings.block_out_channels),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=LATENT_CHANNELS,
+        sample_size=settings.resolution,
+        force_upcast=False,
+        mid_block_add_attention=False,
+    )
+
+
+def train(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> None:
+    """Squared error plus a small KL term: the evidence bound of a Gaussian decoder, up to a factor."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    steps = settings.max_train_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    batches = training_batches(source, settings, batch_size=settings.train_batch_size, steps=steps)
+    progress = tqdm(batches, total=steps, desc="train", unit="step", mininterval=1.0)
+    for step, (images, _) in enumerate(progress):
+        target = images.to(settings.device) * 2 - 1
+        error, kl = losses(vae, target, generator, autocast=settings.mixed_precision == "bf16")
+        optimizer.zero_grad()
+        (error + settings.kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(mse=f"{error.item() / 4:.5f}", kl=f"{kl.item():.2f}")
+
+
+def losses(
+    vae: AutoencoderKL, target: torch.Tensor, generator: torch.Generator, *, autocast: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error of target (B, 3, R, R) in [-1, 1], and KL to N(0, 1) per latent value in nats."""
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
+        mean, log_variance = vae._encode(target).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+    error = (decoded - target).square().mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return error, kl
+
+
+def latent_means(vae: AutoencoderKL, source: ImageSource, settings: VAESettings, name: str) -> Iterator[torch.Tensor]:
+    """Posterior means (B, 4, R/f, R/f) in float64 of every image, batch by batch."""
+    for images, _ in all_batches(source, settings, description=name):
+        with torch.no_grad():
+            yield vae.encode(images.to(settings.device) * 2 - 1).latent_dist.mean.double()
+
+
+def latent_moments(latents: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (4,) of each latent channel over images and places, float64."""
+    count, total, squares = 0, torch.zeros(LATENT_CHANNELS), torch.zeros(LATENT_CHANNELS)
+    for batch in latents:
+        count += batch[:, 0].numel()
+        total = total.to(batch) + batch.sum(dim=(0, 2, 3))
+        squares = squares.to(batch) + batch.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def fold_latent_mean(vae: AutoencoderKL, mean: torch.Tensor) -> None:
+    """Moves each channel's latent mean (4,) into the quant convolutions: DiTPipeline knows a scale but no shift.
+
+    Encoding gives z' = z - mean by the bias of quant_conv; post_quant_conv(z') = W (z' + mean) + b = W z + b by its
+    bias, so that decoding is unchanged. The log variances (channels 4 to 7 of quant_conv) stay.
+    """
+    mean = mean.to(vae.quant_conv.bias)
+    vae.quant_conv.bias[:LATENT_CHANNELS] -= mean
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+
+
+def centre_and_scale(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> None:
+    """Makes the latents of the training images, times scaling_factor, have mean 0 and standard deviation 1."""
+    mean, std = latent_moments(latent_means(vae, source, settings, "latent mean"))
+    fold_latent_mean(vae, mean)
+    vae.register_to_config(scaling_factor=1 / float(std.square().mean().sqrt()))
+
+
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> float:
+    """Mean squared error of the decoded posterior means, images in [0, 1]."""
+    total = 0.0
+    for images, _ in all_batches(source, settings, description="reconstruct"):
+        images = images.to(settings.device)
+        decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample
+        total += float(((decoded / 2 + 0.5).clamp(0, 1) - images).square().mean(dim=(1, 2, 3)).double().sum())
+    return total / len(source)
+
+
+def save(vae: AutoencoderKL, output: Path) -> None:
+    """Writes the VAE in half precision to a folder beside `output`, then renames it."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.to(torch.float16).save_pretrained(partial)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def quality(source: ImageSource, settings: VAESettings) -> dict[str, object]:
+    """What the stored VAE, read back in float32, does to images: the held-out ones where there are any."""
+    vae = AutoencoderKL.from_pretrained(settings.output_dir, torch_dtype=torch.float32).eval().to(settings.device)
+    error = reconstruction_error(vae, source, settings)
+    mean, std = latent_moments(latent_means(vae, source, settings, "latent moments"))
+    scale = vae.config.scaling_factor
+    return {
+        "images": len(source),
+        "mse": error,
+        "psnr": -10 * math.log10(error),
+        "scaled_latent_mean": [round(value, 4) for value in (mean * scale).tolist()],
+        "scaled_latent_std": [round(value, 4) for value in (std * scale).tolist()],
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Trains, centres, writes, reads back and measures."""
+    settings = load_config(VAESettings, argv, Path(__file__).parent)
+    source = open_training_images(settings)
+    validation = open_validation_images(settings)
+    torch.manual_seed(settings.seed)
+    vae = make_vae(settings).to(settings.device)
+    started = time.perf_counter()
+    train(vae.train(), source, settings)
+    seconds = time.perf_counter() - started
+    centre_and_scale(vae.eval(), source, settings)
+    output = Path(settings.output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save(vae, output)
+    report = {
+        "command": shlex.join(["python", "train_scripts/train_vae.py", *argv]),
+        "held_out": validation is not None,
+        **quality(validation or source, settings),
+        "train_images": len(source),
+        "seconds": math.ceil(seconds),
+        "threads": torch.get_num_threads(),
+    }
+    (output / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, VAESettings)

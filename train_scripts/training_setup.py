@@ -1,0 +1,336 @@
+"""What the training script needs before its loop: every check, then every part, then the folder of the run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from speed_diffusers import SpeeDDDPMScheduler
+from speed_diffusers.checkpoints import load_checkpoint, read_state
+from speed_diffusers.data.images import ImageDataset, ImageSource, collate, open_images
+from speed_diffusers.data.latents import (
+    LatentDataset,
+    cache_latents,
+    check_resolution,
+    sample_latents,
+    vae_fingerprint,
+)
+from speed_diffusers.data.order import BatchLayout, BatchOrder
+from speed_diffusers.draws import StepDraws
+from speed_diffusers.ema import ExponentialMovingAverage, fitted_decay
+from speed_diffusers.errors import InputError
+from speed_diffusers.guard import NonFiniteGuard
+from speed_diffusers.hub import load_transformer, load_vae
+from speed_diffusers.models import TrainableDiT, build_dit, dit_config
+from speed_diffusers.randomness import keyed_generator
+from speed_diffusers.tracking import check_trackers
+from speed_diffusers.train_config import TrainConfig
+
+from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
+from run_results import chosen_classes
+
+
+@dataclass
+class TrainingRun:
+    """Everything the loop works with; `model` is what accelerate prepared, `core` the module inside it."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    scheduler: SpeeDDDPMScheduler
+    source: ImageSource
+    vae: AutoencoderKL
+    core: TrainableDiT
+    model: torch.nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    ema: ExponentialMovingAverage
+    guard: NonFiniteGuard
+    layout: BatchLayout
+    loader: DataLoader[dict[str, Tensor]]
+    first_step: int
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.config.output_dir)
+
+    def draws(self, step: int) -> StepDraws:
+        """All random draws of an optimizer step."""
+        shape = self.core.transformer.config
+        return StepDraws.at_step(
+            self.scheduler,
+            seed=self.config.seed,
+            step=step,
+            latent_shape=(self.layout.global_batch, shape.in_channels, shape.sample_size, shape.sample_size),
+            class_dropout_prob=self.config.class_dropout_prob,
+            random_flip=self.config.random_flip,
+            device=self.accelerator.device,
+        )
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
+        """Latents of a batch, float32 (B, C, h, w), from cached moments or by encoding its images."""
+        device = self.accelerator.device
+        mirrored = draws.flipped[:, None, None, None]
+        if "moments" in batch:
+            moments = batch["moments"].to(device, non_blocking=True)
+            if "moments_flipped" in batch:
+                flipped = batch["moments_flipped"].to(device, non_blocking=True)
+                moments = torch.where(mirrored, flipped, moments)
+        else:
+            pixels = batch["pixel_values"].to(device, non_blocking=True).float() / 127.5 - 1.0
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            moments = self.vae.encode(pixels).latent_dist.parameters
+        return sample_latents(moments, draws.encoder_noise, self.vae.config.scaling_factor)
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Class ids of a batch, int64 (B,); -1 where the data has no classes."""
+        labels = batch["labels"].to(self.accelerator.device, non_blocking=True)
+        return labels if self.source.num_classes else torch.full_like(labels, -1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, every bit of it checked, before anything is written."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    scheduler: SpeeDDDPMScheduler
+    source: ImageSource
+    vae: AutoencoderKL
+    core: TrainableDiT
+    layout: BatchLayout
+    checkpoint: Path | None
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Opens and checks all that a run needs.
+
+    Raises:
+        InputError: Anything a user can mend; nothing has been written.
+    """
+    check_numbers(config)
+    check_trackers(config.report_to)
+    scheduler = make_scheduler(config)
+    checkpoint = check_output_dir(config)
+    source = open_images(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        split=config.dataset_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision,
+        max_train_samples=config.max_train_samples,
+    )
+    chosen_classes(config.validation_class_labels, source.label_names)
+    vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
+    core = make_model(config, source, vae)
+    accelerator = make_accelerator(config)
+    layout = make_layout(config, accelerator, checkpoint)
+    if checkpoint is not None:
+        check_resumed_config(config, source, checkpoint)
+    return Inputs(config, accelerator, scheduler, source, vae, core, layout, checkpoint)
+
+
+def start_run(inputs: Inputs) -> TrainingRun:
+    """Builds every part of a run, restores its checkpoint, and, last of all, makes its folder."""
+    config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
+    dataset = make_dataset(inputs)
+    adamw = torch.optim.AdamW(
+        inputs.core.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(inputs.core, adamw)
+    core = accelerator.unwrap_model(model)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer.optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
+    ema = ExponentialMovingAverage(core, decay)
+    first_step = 0
+    if inputs.checkpoint is not None:
+        load_checkpoint(inputs.checkpoint, model=core, ema=ema, optimizer=optimizer.optimizer)
+        first_step = read_state(inputs.checkpoint)["step"]
+        set_learning_rate(lr_scheduler, first_step)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=BatchOrder(
+            len(inputs.source), layout, seed=config.seed, first_step=first_step, max_steps=config.max_train_steps
+        ),
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        # A forked worker of a process with threads can deadlock.
+        multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+        # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
+        generator=torch.Generator(),
+    )
+    open_output_dir(inputs, first_step)
+    return TrainingRun(
+        config=config,
+        accelerator=accelerator,
+        scheduler=inputs.scheduler,
+        source=inputs.source,
+        vae=inputs.vae,
+        core=core,
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        ema=ema,
+        guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
+        layout=layout,
+        loader=loader,
+        first_step=first_step,
+    )
+
+
+def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
+    """The noise schedule with SpeeD.
+
+    Raises:
+        InputError: A `speed_` value is outside its range.
+    """
+    return SpeeDDDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        speed_sampling=config.speed_sampling,
+        speed_weighting=config.speed_weighting,
+        speed_k=config.speed_k,
+        speed_tau=config.speed_tau,
+        speed_r=config.speed_r,
+        speed_lambda=config.speed_lambda,
+    )
+
+
+def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> TrainableDiT:
+    """The transformer in training form, new or pretrained.
+
+    Raises:
+        InputError: It does not fit the images, their classes or the autoencoder.
+    """
+    side = check_resolution(config.resolution, vae)
+    channels = int(vae.config.latent_channels)
+    num_classes = config.num_classes if config.num_classes is not None else source.num_classes
+    if source.num_classes > num_classes:
+        raise InputError(
+            f"num_classes={num_classes}: the data has {source.num_classes} classes, with ids up to "
+            f"{source.num_classes - 1}; allowed: at least {source.num_classes}, or None."
+        )
+    if config.pretrained_model_name_or_path is None:
+        architecture = dit_config(
+            config.model, sample_size=side, in_channels=channels, out_channels=channels, num_classes=num_classes
+        )
+        core = build_dit(
+            architecture, keyed_generator(config.seed, "weights", 0), tie_embedders=config.tie_embedders
+        )
+    else:
+        transformer = load_transformer(config.pretrained_model_name_or_path, revision=config.revision)
+        found = transformer.config
+        for name, needed in (("sample_size", side), ("in_channels", channels), ("out_channels", channels)):
+            if found[name] != needed:
+                raise InputError(
+                    f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its {name} is "
+                    f"{found[name]}, but resolution={config.resolution} and the VAE need {needed}."
+                )
+        if num_classes > max(found["num_embeds_ada_norm"], 1):
+            raise InputError(f"The pretrained model has {found['num_embeds_ada_norm']} classes; {num_classes} needed.")
+        core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
+    if config.gradient_checkpointing:
+        core.transformer.enable_gradient_checkpointing()
+    return core.train()
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for devices, processes, precision and trackers; never for accumulation, loaders or checkpoints.
+
+    Raises:
+        InputError: The launcher asks for what would not happen: fp16, or more processes than accelerate sees.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"WORLD_SIZE={launched}, but accelerate runs {accelerator.num_processes} process(es); on CPUs launch "
+            f"with: torchrun --nproc_per_node {launched}"
+        )
+    return accelerator
+
+
+def make_layout(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> BatchLayout:
+    """How a global batch is split; a resumed run keeps its global batch by accumulating more or less.
+
+    Raises:
+        InputError: The global batch of the checkpoint is no multiple of what the processes take at once.
+    """
+    accumulation = config.gradient_accumulation_steps
+    at_once = config.train_batch_size * accelerator.num_processes
+    if checkpoint is not None:
+        kept = read_state(checkpoint)["global_batch"]
+        if kept % at_once:
+            raise InputError(
+                f"train_batch_size={config.train_batch_size} x {accelerator.num_processes} process(es) = {at_once} "
+                f"does not divide the global batch of {kept} that {checkpoint} was trained with."
+            )
+        accumulation = kept // at_once
+    return BatchLayout(config.train_batch_size, accelerator.num_processes, accelerator.process_index, accumulation)
+
+
+def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
+    """Cached latents, or images where the cache is off; one process of each machine fills the cache."""
+    config, accelerator = inputs.config, inputs.accelerator
+    if not config.cache_latents:
+        inputs.vae.to(accelerator.device)
+        return ImageDataset(inputs.source, resolution=config.resolution, center_crop=config.center_crop)
+    with accelerator.local_main_process_first():
+        return cache_latents(
+            inputs.source,
+            inputs.vae,
+            vae_fingerprint=vae_fingerprint(inputs.vae),
+            resolution=config.resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            batch_size=config.vae_batch_size,
+            device=accelerator.device,
+            cache_dir=config.cache_dir,
+        )
+
+
+def set_learning_rate(lr_scheduler: Any, step: int) -> None:
+    """Puts a schedule to a step: the rate is a function of it, so nothing else needs to be restored."""
+    lr_scheduler.last_epoch = step
+    rates = [base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates
