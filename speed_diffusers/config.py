@@ -141,10 +141,11 @@ def help_text(schema: "type[DataclassInstance]", script_doc: str | None) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the string "None", which YAML would leave bare and `load_config` would read as none."""
+    """Quotes "None", which YAML leaves bare and `load_config` reads as none, and line ends, which YAML may fold."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if text in _NONE_WORDS else None)
+        quoted = text in _NONE_WORDS or not text.isprintable()
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -224,13 +225,13 @@ def _config_files(name: str, script_dir: Path) -> list[Path]:
 
 def _missing_config(name: str, roots: Sequence[Path]) -> InputError:
     """The error for a config that is in none of `roots`, with the nearest name there or in the folder it names."""
-    wanted, folder = Path(name.removesuffix(".yaml")), Path(name).parent
-    found = [path.relative_to(roots[0]) for path in roots[0].glob("*/*.yaml")]
-    found += [folder / path.name for root in roots for path in (root / folder).glob("*.yaml")]
-    names = sorted({str(path.with_suffix("")) for path in found})
+    wanted, folder = name.removesuffix(".yaml"), os.path.dirname(name)
+    found = [str(path.relative_to(roots[0])) for path in roots[0].glob("*/*.yaml")]
+    found += [os.path.join(folder, path.name) for root in roots for path in (root / folder).glob("*.yaml")]
+    names = sorted({path.removesuffix(".yaml") for path in found})
     # The last part counts alone too: `dit_s2` is far from `imagenet_256/dit_s2` letter by letter.
-    nearest = [near for near in names if Path(near).name == wanted.name]
-    nearest += get_close_matches(str(wanted), names, n=1)
+    nearest = [near for near in names if os.path.basename(near) == os.path.basename(wanted)]
+    nearest += get_close_matches(wanted, names, n=1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     searched = dict.fromkeys(str((root / folder).resolve()) for root in roots)
     return InputError(f"Config '{name}' not found.{hint} Looked in {', '.join(searched)}.")

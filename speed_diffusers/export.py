@@ -39,7 +39,7 @@ def inference_pipeline(
         clip_sample=False,
         timestep_spacing="trailing" if zero_snr else "leading",
     )
-    id2label = None if label_names is None else embedding_row_names(label_names)
+    id2label = embedding_row_names(label_names) or None
     pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
     if id2label is not None:
         # DiTPipeline forgets its labels on saving unless they are part of its config.
@@ -47,8 +47,9 @@ def inference_pipeline(
     return pipeline
 
 
-def embedding_row_names(label_names: Sequence[str]) -> dict[int, str]:
-    """Rows of the label table to names: what `DiTPipeline` calls `id2label`."""
+def embedding_row_names(label_names: Sequence[str] | None) -> dict[int, str]:
+    """Rows of the label table to names: what `DiTPipeline` calls `id2label`; empty for a model without classes."""
+    label_names = label_names or []
     rows = label_to_embedding_row(torch.arange(len(label_names))).tolist()
     return dict(zip(rows, label_names, strict=True))
 

@@ -1,11 +1,14 @@
 """Images from a pipeline: one seed an image, in lazy batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from diffusers import DiTPipeline
 
+from .errors import unknown_name
+from .models import NULL_CLASS
 from .randomness import keyed_generator
 
 
@@ -45,3 +48,44 @@ def generate(
             num_inference_steps=num_inference_steps,
             output_type="np",
         ).images
+
+
+def class_samples(
+    pipeline: DiTPipeline, class_rows: Sequence[int], num_images: int, **options: Any
+) -> npt.NDArray[np.float32]:
+    """The same number of images of each class.
+
+    Args:
+        pipeline: As in `generate`.
+        class_rows: Classes, as rows of the label table.
+        num_images: Images a class.
+        options: The keywords of `generate`.
+
+    Returns:
+        float32 (classes x num_images, H, W, 3), class by class, in [0, 1].
+    """
+    rows = [row for row in class_rows for _ in range(num_images)]
+    return np.concatenate(list(generate(pipeline, rows, **options)))
+
+
+def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[int, str]:
+    """Rows of the label table, with names, for classes given by a person.
+
+    Args:
+        wanted: Names (whole, or one of several that commas separate) or rows; empty: the first ten classes, or "no
+            class" where there are none.
+        row_names: Name of each row; empty where the model has no named classes.
+
+    Raises:
+        InputError: A name or row that is not among the classes.
+    """
+    if not wanted:
+        return dict(list(row_names.items())[:10]) or {NULL_CLASS: "no class"}
+    rows: dict[str, int] = {}
+    for row, name in row_names.items():
+        for spelling in (str(row), name, *(part.strip() for part in name.split(","))):
+            rows.setdefault(spelling, row)
+    for label in wanted:
+        if label not in rows:
+            raise unknown_name("class label", label, row_names.values())
+    return {rows[label]: row_names[rows[label]] for label in wanted}

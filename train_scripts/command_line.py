@@ -39,11 +39,11 @@ def run_script(
         main(argv)
     except InputError as error:
         _wait_for_rank_0()
-        print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if _rank() == "0":
-            print("Interrupted.", file=sys.stderr)
+            print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -45,9 +45,9 @@ def require_at_least(minimum: float, **values: float) -> None:
             raise InputError(f"{name}={value}, but must be at least {minimum}.")
 
 
-def open_training_images(settings: ImageSettings) -> ImageSource:
-    """The images to train on."""
-    return _open(settings, settings.train_data_dir, settings.split)
+def open_training_images(settings: ImageSettings, *, max_train_samples: int | None = None) -> ImageSource:
+    """The images to train on, all or the first so many."""
+    return _open(settings, settings.train_data_dir, settings.split, max_train_samples)
 
 
 def open_validation_images(settings: ImageSettings) -> ImageSource | None:
@@ -59,7 +59,9 @@ def open_validation_images(settings: ImageSettings) -> ImageSource | None:
     return None
 
 
-def _open(settings: ImageSettings, data_dir: str | None, split: str) -> ImageSource:
+def _open(
+    settings: ImageSettings, data_dir: str | None, split: str, max_train_samples: int | None = None
+) -> ImageSource:
     return open_images(
         dataset_name=settings.dataset_name if data_dir is None else None,
         dataset_config_name=settings.dataset_config_name,
@@ -68,6 +70,7 @@ def _open(settings: ImageSettings, data_dir: str | None, split: str) -> ImageSou
         image_column=settings.image_column,
         label_column=settings.label_column,
         cache_dir=settings.cache_dir,
+        max_train_samples=max_train_samples,
     )
 
 

@@ -11,7 +11,7 @@ The first command makes the shipped set (9,000 images, seconds). The source is t
 import gzip
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -23,24 +23,36 @@ from tqdm import tqdm
 from speed_diffusers.config import load_config
 from speed_diffusers.errors import InputError
 
-ASSETS = Path(__file__).parents[1] / "speed_diffusers" / "assets" / "fashion_mnist"
-LABEL_NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+ASSETS = Path(__file__).resolve().parents[1] / "speed_diffusers" / "assets" / "fashion_mnist"
+LABEL_NAMES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
 PADDING = 2  # 28x28 becomes 32x32, which a VAE can halve twice and a DiT cut into patches
 
 
 @dataclass
-class EmbeddedDatasetConfig:
-    idx_dir: str = "/usr/share/datasets/fashion-mnist"
-    """Folder of the four .gz IDX files."""
-    split: str = "train"
-    """train (60,000 images) or test (10,000)."""
-    per_class: int = 900
-    """Images of each class, chosen by the seed; 0 takes all, in the order of the source."""
-    seed: int = 0
-    """Chooses the images and their order."""
-    output: str = str(ASSETS / "train.parquet")
-    """The parquet file to write."""
+class EmbeddedDatasetSettings:
+    """All settings of this script."""
+
+    idx_dir: str = field(
+        default="/usr/share/datasets/fashion-mnist", metadata={"help": "folder of the four .gz IDX files"}
+    )
+    split: str = field(default="train", metadata={"help": "60,000 or 10,000 images", "choices": tuple(IDX_PREFIXES)})
+    per_class: int = field(
+        default=900, metadata={"help": "images of each class, chosen by the seed; 0 takes all, in their order"}
+    )
+    seed: int = field(default=0, metadata={"help": "chooses the images and their order"})
+    output: str = field(default=str(ASSETS / "train.parquet"), metadata={"help": "the parquet file to write"})
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -75,9 +87,8 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(EmbeddedDatasetConfig, argv, Path(__file__).parent)
-    if config.split not in IDX_PREFIXES:
-        raise InputError(f"Unknown split '{config.split}'. Allowed: {', '.join(IDX_PREFIXES)}.")
+    """Reads, chooses, encodes and writes."""
+    config = load_config(EmbeddedDatasetSettings, argv, Path(__file__).parent)
     stem = Path(config.idx_dir) / IDX_PREFIXES[config.split]
     images = read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))
     labels = read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"))
@@ -95,4 +106,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__, EmbeddedDatasetSettings)

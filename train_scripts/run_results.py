@@ -4,18 +4,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 import speed_diffusers
 from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER
 from speed_diffusers.checkpoints import full_tensors, prune_checkpoints, save_checkpoint
 from speed_diffusers.config import config_dict
-from speed_diffusers.errors import InputError, unknown_name
 from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
-from speed_diffusers.models import NULL_CLASS, export_transformer
+from speed_diffusers.models import export_transformer
 from speed_diffusers.plots import mosaic, save_class_grid
-from speed_diffusers.sampling import generate
+from speed_diffusers.sampling import choose_classes, class_samples
 from speed_diffusers.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -114,7 +110,7 @@ def averaged_pipeline(run: "TrainingRun") -> "DiTPipeline":
 def draw_grid(run: "TrainingRun", pipeline: "DiTPipeline", path: Path, title: str, step: int) -> None:
     """One row of samples a class."""
     config = run.config
-    rows = chosen_classes(config.validation_class_labels, run.source.label_names)
+    rows = choose_classes(config.validation_class_labels, embedding_row_names(run.source.label_names))
     images = class_samples(
         pipeline,
         list(rows),
@@ -129,35 +125,3 @@ def draw_grid(run: "TrainingRun", pipeline: "DiTPipeline", path: Path, title: st
         if tracker.name == "tensorboard":
             sheet = mosaic(images, config.num_validation_images)
             tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")
-
-
-def class_samples(
-    pipeline: "DiTPipeline", rows: list[int], num_images: int, *, seed: int, batch_size: int, **options: Any
-) -> npt.NDArray[np.float32]:
-    """`num_images` of each class, class by class: float32 (classes x num_images, H, W, 3)."""
-    labels = [row for row in rows for _ in range(num_images)]
-    return np.concatenate(list(generate(pipeline, labels, seed=seed, batch_size=batch_size, **options)))
-
-
-def chosen_classes(wanted: list[str], label_names: list[str] | None) -> dict[int, str]:
-    """Rows of the label table, with names, for classes given by name or id; the first ten if none are given.
-
-    Raises:
-        InputError: A name or id that is not among the classes.
-    """
-    if label_names is None:
-        if wanted:
-            raise InputError(f"class_labels={','.join(wanted)}: the model has no classes.")
-        return {NULL_CLASS: "unconditional"}
-    rows = embedding_row_names(label_names)
-    if not wanted:
-        return dict(list(rows.items())[:10])
-    by_name = {name: row for row, name in rows.items()}
-    by_id = {str(index): row for index, row in enumerate(rows)}
-    chosen = {}
-    for label in wanted:
-        row = by_name.get(label, by_id.get(label))
-        if row is None:
-            raise unknown_name("class label", label, by_name)
-        chosen[row] = rows[row]
-    return chosen

@@ -34,7 +34,6 @@ from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError
 
-
 LATENT_CHANNELS = 4
 WARMUP_STEPS = 100
 
@@ -44,7 +43,7 @@ class VAESettings(ImageSettings):
     """All settings of this script."""
 
     output_dir: str = field(default="vae", metadata={"help": "folder for the VAE; an existing one is replaced"})
-    max_train_steps: int = field(default=2800, metadata={"help": "optimizer steps"})
+    max_train_steps: int = field(default=3600, metadata={"help": "optimizer steps"})
     train_batch_size: int = field(default=64, metadata={"help": "images a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak of the cosine schedule"})
     kl_weight: float = field(default=5e-4, metadata={"help": "weight of the KL term, per latent value in nats"})
@@ -112,8 +111,8 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared error of target (B, 3, R, R) in [-1, 1], and KL to N(0, 1) per latent value in nats."""
     with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
-        mean, log_variance = vae._encode(target).float().chunk(2, dim=1)
-        log_variance = log_variance.clamp(-30, 20)
+        mean, log_variance = vae.encode(target).latent_dist.parameters.float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)  # as DiagonalGaussianDistribution does, but in float32
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
     error = (decoded - target).square().mean()

@@ -27,15 +27,16 @@ from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.draws import StepDraws
 from speed_diffusers.ema import ExponentialMovingAverage, fitted_decay
 from speed_diffusers.errors import InputError
+from speed_diffusers.export import embedding_row_names
 from speed_diffusers.guard import NonFiniteGuard
 from speed_diffusers.hub import load_transformer, load_vae
 from speed_diffusers.models import TrainableDiT, build_dit, dit_config
 from speed_diffusers.randomness import keyed_generator
+from speed_diffusers.sampling import choose_classes
 from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
 
 from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
-from run_results import chosen_classes
 
 
 @dataclass
@@ -132,7 +133,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         revision=config.dataset_revision,
         max_train_samples=config.max_train_samples,
     )
-    chosen_classes(config.validation_class_labels, source.label_names)
+    choose_classes(config.validation_class_labels, embedding_row_names(source.label_names))
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     core = make_model(config, source, vae)
     accelerator = make_accelerator(config)

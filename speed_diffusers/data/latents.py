@@ -7,8 +7,11 @@ VAE does not commute with mirroring. The file is an Arrow file made by `datasets
 import hashlib
 import json
 import logging
+import math
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +21,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import InputError
 from .images import ImageSource
+from .moments import check_resolution, encode_moments, sample_latents, vae_factor, vae_fingerprint
+
+__all__ = [
+    "LatentDataset",
+    "cache_latents",
+    "check_resolution",
+    "sample_latents",
+    "vae_factor",
+    "vae_fingerprint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,68 +43,6 @@ FORMAT_VERSION = 1
 """Part of the cache's key; raise it when what is stored for the same images and VAE changes."""
 
 CACHE_FOLDER = "speed_diffusers_latents"
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
-"""diffusers' DiagonalGaussianDistribution clamps to it; clamped before storing, no value overflows float16."""
-
-
-def vae_factor(vae: AutoencoderKL) -> int:
-    """How many pixels along a side one latent stands for."""
-    return int(2 ** (len(vae.config["block_out_channels"]) - 1))
-
-
-def check_resolution(resolution: int, vae: AutoencoderKL) -> int:
-    """Check that the VAE can encode colour images of this size.
-
-    Args:
-        resolution: Side of the training images in pixels.
-        vae: The autoencoder.
-
-    Returns:
-        The side of the latents, resolution / vae_factor(vae).
-
-    Raises:
-        InputError: If the size is not a multiple of the VAE's factor (with the nearest sizes), or the VAE does not
-            take 3 channels.
-    """
-    if vae.config["in_channels"] != 3:
-        raise InputError(f"The VAE takes {vae.config['in_channels']} channels; training images have 3 (RGB).")
-    factor = vae_factor(vae)
-    below, rest = divmod(resolution, factor)
-    if rest or resolution < 1:
-        nearest = [str(size * factor) for size in (below, below + 1) if size > 0]
-        raise InputError(
-            f"Image size {resolution} is not a multiple of the VAE's factor {factor} "
-            f"({resolution} = {below} x {factor} + {rest}). Nearest: {' or '.join(nearest)}."
-        )
-    return below
-
-
-def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """SHA-256 (hex) over the VAE's configuration and the names, types, shapes and bytes of its weights."""
-    # Private keys say where it was loaded from and by which version, not what it computes.
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        # Through bytes, because numpy has no bfloat16.
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
-    """Draw latents as the diffusion model sees them: (mean + std * noise) * scaling_factor.
-
-    Args:
-        moments: (B, 2C, h, w), any float type: C channels of means, then C of log-variances.
-        noise: (B, C, h, w), standard normal; zeros give the mean.
-        scaling_factor: `vae.config.scaling_factor`.
-
-    Returns:
-        float32 (B, C, h, w).
-    """
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
-    return (mean + std * noise.float()) * scaling_factor
 
 
 class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -170,29 +121,21 @@ def cache_latents(
     """
     side = check_resolution(resolution, vae)
     shape = (2 * int(vae.config["latent_channels"]), side, side)
-    num_values = shape[0] * side * side
     columns = ["moments", "moments_flipped"] if random_flip else ["moments"]
     key = _key(FORMAT_VERSION, source.fingerprint, vae_fingerprint, resolution, center_crop, random_flip)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER / key
     file = folder / "latents.arrow"
+    # Before the lock, so that a finished cache can lie on a read-only disk.
+    if (cached := _read(file, len(source))) is not None:
+        return LatentDataset(cached, shape)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        with _only_one(folder):
             cached = _read(file, len(source))
             if cached is None:
-                _make_room(folder, len(source) * (len(columns) * 2 * num_values + 8))
+                _make_room(folder, len(source) * (len(columns) * 2 * math.prod(shape) + 8))
                 cast(Any, vae).to(device)
-                cached = _write(
-                    source,
-                    vae,
-                    file,
-                    columns=columns,
-                    resolution=resolution,
-                    center_crop=center_crop,
-                    batch_size=batch_size,
-                    num_threads=num_threads,
-                    num_values=num_values,
-                )
+                cached = _write(source, vae, file, columns, shape, resolution, center_crop, batch_size, num_threads)
     except OSError as error:
         raise InputError(f"Cannot keep latents in '{folder}' (cache_dir, or HF_DATASETS_CACHE): {error}.") from error
     return LatentDataset(cached, shape)
@@ -200,6 +143,21 @@ def cache_latents(
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system releases it when its holder dies."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("Another process is making the latents in '%s'; waiting for it.", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(file: Path, num_rows: int) -> datasets.Dataset | None:
@@ -232,14 +190,14 @@ def _write(
     source: ImageSource,
     vae: AutoencoderKL,
     file: Path,
-    *,
     columns: list[str],
+    shape: tuple[int, int, int],
     resolution: int,
     center_crop: bool,
     batch_size: int,
     num_threads: int,
-    num_values: int,
 ) -> datasets.Dataset:
+    num_values = math.prod(shape)
     moments = datasets.Sequence(datasets.Value("float16"), length=num_values)
     features = datasets.Features({**dict.fromkeys(columns, moments), "label": datasets.Value("int64")})
 
@@ -248,7 +206,7 @@ def _write(
             return source.decode(image, row, resolution, center_crop)
 
         pixels = np.stack(list(threads.map(load, images, rows)))  # (B, R, R, 3)
-        encoded = _encode(pixels, vae, mirrored="moments_flipped" in columns)
+        encoded = encode_moments(pixels, vae, mirrored="moments_flipped" in columns)
         if not all(np.isfinite(values).all() for values in encoded):
             raise InputError(f"The VAE ({vae.dtype}) yields NaN or infinity on rows {rows[0]} to {rows[-1]}.")
         lists = [pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), num_values) for values in encoded]
@@ -270,15 +228,3 @@ def _write(
             new_fingerprint=file.parent.name,
             desc="Caching latents",
         )
-
-
-@torch.inference_mode()
-def _encode(pixels: npt.NDArray[np.uint8], vae: AutoencoderKL, *, mirrored: bool) -> list[npt.NDArray[np.float16]]:
-    """Moments, float16 (B, 2C, h, w), of images, uint8 (B, R, R, 3), and if wanted of their mirror images."""
-    images = torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-    encoded = []
-    for batch in (images, images.flip(-1)) if mirrored else (images,):
-        mean, log_variance = vae.encode(batch).latent_dist.parameters.float().chunk(2, dim=1)
-        moments = torch.cat((mean, log_variance.clamp(*LOG_VARIANCE_RANGE)), dim=1)
-        encoded.append(moments.half().cpu().numpy())
-    return encoded

@@ -1,13 +1,13 @@
 """Distances between sets of images, measured in the features of a small classifier that ships with the package."""
 
-from speed_diffusers.metrics.features import (
+from .features import (
     FEATURE_DIM,
     SmallClassifier,
     extract_features,
     file_sha256,
     load_classifier,
 )
-from speed_diffusers.metrics.frechet import (
+from .frechet import (
     FeatureStatistics,
     StatisticsAccumulator,
     frechet_distance,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from speed_diffusers.errors import InputError
+from ..errors import InputError
 
 FEATURE_DIM = 64
 SHIPPED_CLASSIFIER = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "classifier.safetensors"
@@ -61,7 +61,7 @@ class SmallClassifier(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise InputError(
-                f"images of shape {tuple(images.shape)} and dtype {images.dtype}, expected (N, 3, H, W) floating point."
+                f"images of shape {tuple(images.shape)} and {images.dtype}, expected (N, 3, H, W) floating point."
             )
         grey = images.mean(dim=1, keepdim=True)  # (N, 1, H, W)
         embedded: torch.Tensor = self.embedding(self.trunk(grey * 2 - 1))

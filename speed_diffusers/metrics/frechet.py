@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speed_diffusers.errors import InputError
+from ..errors import InputError
 
 SHIPPED_REFERENCE = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "reference_features.safetensors"
 
