@@ -99,6 +99,8 @@ def save_checkpoint(
         manifest = {name: _digest(temporary / name) for name in names}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*names, MANIFEST):
+            # safetensors makes files that only their owner reads, whatever the umask says.
+            (temporary / name).chmod((temporary / STATE).stat().st_mode)
             _sync(temporary / name)
         _replace_folder(temporary, target)
     except BaseException:

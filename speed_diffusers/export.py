@@ -60,6 +60,9 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
     try:
         pipeline.save_pretrained(temporary)
         (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
+        for weights in temporary.rglob("*.safetensors"):
+            # safetensors makes files that only their owner reads, whatever the umask says.
+            weights.chmod((temporary / SIDECAR).stat().st_mode)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

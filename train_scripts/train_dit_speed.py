@@ -16,7 +16,8 @@ with the same command and resume_from_checkpoint=latest.
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -98,10 +99,11 @@ def train(run: TrainingRun) -> int | None:
                 save_state(run, done)
                 log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
                 return stopped_by
-        if is_end or (config.checkpointing_steps and done % config.checkpointing_steps == 0):
-            save_state(run, done)
-        if config.validation_steps and done % config.validation_steps == 0:
-            save_validation_grid(run, done)
+        with log.paused():
+            if is_end or (config.checkpointing_steps and done % config.checkpointing_steps == 0):
+                save_state(run, done)
+            if config.validation_steps and done % config.validation_steps == 0:
+                save_validation_grid(run, done)
     log.close()
     return None
 
@@ -166,6 +168,13 @@ class StepLog:
         run.accelerator.log(values, step=done)
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._start_again()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count as training."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def close(self, message: str | None = None) -> None:
         """Ends the progress bar, with a last word."""

@@ -99,7 +99,9 @@ def open_images(
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
     with_classes = label_column is not None
     if train_data_dir is not None:
-        dataset = load_local(Path(train_data_dir), split=split, with_classes=with_classes, cache_dir=cache_dir)
+        dataset = load_local(
+            Path(train_data_dir).expanduser(), split=split, with_classes=with_classes, cache_dir=cache_dir
+        )
     elif dataset_name == EMBEDDED:
         if split != "train":
             raise unknown_name("split of the embedded set", split, ["train"])

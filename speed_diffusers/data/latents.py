@@ -123,7 +123,7 @@ def cache_latents(
     shape = (2 * int(vae.config["latent_channels"]), side, side)
     columns = ["moments", "moments_flipped"] if random_flip else ["moments"]
     key = _key(FORMAT_VERSION, source.fingerprint, vae_fingerprint, resolution, center_crop, random_flip)
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE_FOLDER / key
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / CACHE_FOLDER / key
     file = folder / "latents.arrow"
     # Before the lock, so that a finished cache can lie on a read-only disk.
     if (cached := _read(file, len(source))) is not None:

@@ -65,7 +65,7 @@ def _load_packaged(builder: str, files: list[Path], path: Path, cache_dir: str |
     names = {"train": [str(file) for file in files]}
     try:
         return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache_dir)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"Cannot read the {builder} data in '{path}': {reason}") from error
     except OSError as error:

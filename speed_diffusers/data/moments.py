@@ -89,7 +89,7 @@ def encode_moments(
     Returns:
         One array, or two if mirrored, float16 (B, 2C, h, w): C channels of means, then C of clamped log-variances.
     """
-    images = torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+    images = (torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2) / 127.5 - 1).to(vae.dtype)
     encoded = []
     for batch in (images, images.flip(-1)) if mirrored else (images,):
         mean, log_variance = vae.encode(batch).latent_dist.parameters.float().chunk(2, dim=1)

@@ -124,8 +124,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         )
     root = _positive_square_root(first.covariance)
     product = root @ second.covariance @ root
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    trace_of_root = _roots(torch.linalg.eigvalsh((product + product.T) / 2)).sum()
     mean_part = (first.mean - second.mean).square().sum()
     distance = mean_part + first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
     return max(float(distance), 0.0)  # rounding can leave -1e-14 where the truth is 0
@@ -134,7 +133,17 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 def _positive_square_root(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric square root of a symmetric positive semi-definite matrix (D, D), float64."""
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    root: torch.Tensor = (vectors * _roots(eigenvalues)) @ vectors.T
+    return root
+
+
+def _roots(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Square roots of the eigenvalues (D,) of a positive semi-definite matrix, with those within rounding of 0 as 0.
+
+    Without the cut a zero that came out as 1e-16 would count as its root, 1e-8.
+    """
+    rounding = eigenvalues.abs().amax() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()
 
 
 def save_statistics(statistics: FeatureStatistics, path: str | Path) -> None:

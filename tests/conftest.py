@@ -1,0 +1,85 @@
+"""Shared by all tests: no network, one thread, scripts importable, tiny real parts."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before any import that reads them: caches in a folder of the test run, no telemetry, no Hub.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN_SCRIPTS = ROOT / "train_scripts"
+sys.path.insert(0, str(TRAIN_SCRIPTS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Two processes with two threads each stall one another on a small machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a real AutoencoderKL with few channels: 4 latent channels, factor 4, fixed weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of 2 classes with 13 images each, 32x32."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for index in range(13):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of latents for all tests of a process."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_options(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
+    """Command line of a run of 12 steps that takes a second or two: 26 images, batches of 4."""
+    return [
+        f"train_data_dir={image_folder}",
+        "dataset_name=None",
+        f"pretrained_vae_model_name_or_path={tiny_vae}",
+        f"cache_dir={cache_dir}",
+        f"output_dir={tmp_path / 'run'}",
+        "model=DiT-tiny/4",
+        "train_batch_size=4",
+        "max_train_steps=12",
+        "lr_warmup_steps=2",
+        "logging_steps=1",
+        "checkpointing_steps=5",
+        "num_validation_images=2",
+        "num_inference_steps=2",
+        "report_to=[]",
+    ]

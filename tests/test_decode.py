@@ -1,0 +1,150 @@
+"""What an image file becomes: the crop of DiT, every colour mode right, damaged files named."""
+
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from speed_diffusers.data.decode import load_image
+from speed_diffusers.errors import InputError
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB image of independent random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
+    """The bytes of the image's file."""
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return file.getvalue()
+
+
+def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """`center_crop_arr` of guided-diffusion, which DiT uses, as published."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 16), (50, 37), (37, 50), (64, 64), (100, 30), (9, 7), (1, 1)])
+def test_center_crop_is_that_of_dit(size: tuple[int, int]) -> None:
+    image = noise_image(*size)
+    np.testing.assert_array_equal(load_image(image, 16), adm_center_crop(image, 16))
+
+
+def test_image_of_the_right_size_comes_back_bit_for_bit() -> None:
+    image = noise_image(16, 16)
+    for center_crop in (True, False):
+        result = load_image({"bytes": encoded(image), "path": None}, 16, center_crop)
+        assert result.dtype == np.uint8
+        assert result.flags.writeable
+        np.testing.assert_array_equal(result, np.array(image))
+
+
+def test_without_center_crop_the_whole_image_is_squeezed() -> None:
+    image = Image.new("RGB", (40, 20), "red")
+    ImageDraw.Draw(image).rectangle((0, 0, 9, 19), fill="blue")
+    assert load_image(image, 16, center_crop=False)[8, 1].tolist() == [0, 0, 255]
+    assert load_image(image, 16, center_crop=True)[8, 1].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 20000)])
+def test_absurd_aspect_ratio_costs_nothing(size: tuple[int, int]) -> None:
+    started = time.perf_counter()
+    for center_crop in (True, False):
+        assert (load_image(Image.new("RGB", size, "green"), 256, center_crop) == [0, 128, 0]).all()
+    assert time.perf_counter() - started < 2
+
+
+GREY_60 = round(0.6 * 255)
+MODES = {
+    "1": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+    "L": (Image.new("L", (4, 4), 77), (77, 77, 77)),
+    "LA opaque": (Image.new("LA", (4, 4), (77, 255)), (77, 77, 77)),
+    "LA hidden": (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+    "P": (Image.new("RGB", (4, 4), (200, 10, 30)).quantize(4), (200, 10, 30)),
+    "RGBA opaque": (Image.new("RGBA", (4, 4), (200, 10, 30, 255)), (200, 10, 30)),
+    "RGBA hidden colour": (Image.new("RGBA", (4, 4), (200, 10, 30, 0)), (255, 255, 255)),
+    "RGBA half": (Image.new("RGBA", (4, 4), (0, 0, 0, 102)), (GREY_60, GREY_60, GREY_60)),
+    "CMYK": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+    "YCbCr": (Image.new("RGB", (4, 4), (100, 100, 100)).convert("YCbCr"), (100, 100, 100)),
+    "I;16": (Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)), (156, 156, 156)),
+    "I": (Image.fromarray(np.full((4, 4), 40000, dtype=np.int32)), (156, 156, 156)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_right_rgb(mode: str) -> None:
+    image, expected = MODES[mode]
+    result = load_image(image, 4)
+    assert result.shape == (4, 4, 3)
+    np.testing.assert_allclose(result.astype(int), np.broadcast_to(expected, (4, 4, 3)), atol=1)
+
+
+def test_transparent_palette_entry_becomes_white() -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([200, 10, 30])
+    content = encoded(image, transparency=0)
+    assert (load_image({"bytes": content, "path": None}, 4) == 255).all()
+
+
+def test_sixteen_bit_grey_ramp_keeps_its_values() -> None:
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    result = load_image({"bytes": encoded(Image.fromarray(ramp)), "path": None}, 256)
+    assert np.abs(result[..., 0] - ramp / 257.0).max() <= 0.5
+
+
+def test_camera_rotation_is_applied() -> None:
+    image = Image.new("RGB", (16, 16), "black")
+    ImageDraw.Draw(image).rectangle((0, 0, 15, 3), fill="white")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: the top becomes the right side
+    result = load_image({"bytes": encoded(image, exif=exif), "path": None}, 16)
+    assert result[8, 15].tolist() == [255, 255, 255]
+    assert result[0, 8].tolist() == [0, 0, 0]
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (load_image({"bytes": content, "path": None}, 8) == [255, 0, 0]).all()
+
+
+def huge_png() -> bytes:
+    """A PNG whose header promises 100,000 x 100,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+DAMAGED = {
+    "truncated JPEG": encoded(noise_image(64, 64), "JPEG")[:1500],
+    "truncated PNG": encoded(noise_image(64, 64))[:1500],
+    "empty": b"",
+    "text": b"<html>not found</html>",
+    "bomb": huge_png(),
+    "float": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_image_is_named_in_one_line(kind: str) -> None:
+    with pytest.raises(InputError, match=r"^Cannot read the image of row 3 \(n01/cat\.png\): ") as caught:
+        load_image({"bytes": DAMAGED[kind], "path": "n01/cat.png"}, 8, name="the image of row 3")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere.png"):
+        load_image({"bytes": None, "path": str(tmp_path / "nowhere.png")}, 8)

@@ -1,0 +1,356 @@
+"""Where training images come from: folders, parquet files, sets in memory; and every mistake in one line."""
+
+import io
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from speed_diffusers.data.images import ImageDataset, collate, from_dataset, open_images
+from speed_diffusers.errors import InputError
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB image of independent random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
+    """The bytes of the image's file."""
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return file.getvalue()
+
+
+def image_rows(count: int, size: int = 8) -> list[dict[str, object]]:
+    """Undecoded images, each of its own noise."""
+    return [{"bytes": encoded(noise_image(size, size, seed)), "path": None} for seed in range(count)]
+
+
+def image_dataset(labels: list[object] | None, feature: object = None, count: int = 6) -> datasets.Dataset:
+    """A set in memory with an "image" and, if given, a "label" column."""
+    columns: dict[str, list[object]] = {"image": list(image_rows(count))}
+    features = {"image": datasets.Image()}
+    if labels is not None:
+        columns["label"], features["label"] = labels, feature or datasets.Value("int64")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def test_label_names_of_the_data_are_kept() -> None:
+    source = from_dataset(image_dataset([2, 0, 1, 0, 2, 0], datasets.ClassLabel(names=["shoe", "bag", "coat", "hat"])))
+    assert source.label_names == ["shoe", "bag", "coat", "hat"]
+    assert source.num_classes == 4
+    assert source.labels.tolist() == [2, 0, 1, 0, 2, 0]
+
+
+def test_strings_are_numbered_as_datasets_numbers_them() -> None:
+    names: list[object] = ["bag", "coat", "Ärmel", "bag", "Zip", "coat"]
+    dataset = image_dataset(names, datasets.Value("string"))
+    source = from_dataset(dataset)
+    theirs = dataset.class_encode_column("label")
+    assert source.label_names == theirs.features["label"].names
+    assert source.labels.tolist() == list(theirs["label"])
+
+
+def test_plain_integers_are_class_ids_named_by_their_number() -> None:
+    source = from_dataset(image_dataset([3, 0, 1, 0, 3, 0]))
+    assert source.num_classes == 4
+    assert source.label_names == ["0", "1", "2", "3"]
+
+
+def test_booleans_are_two_classes() -> None:
+    source = from_dataset(image_dataset([True, False, True, True, False, True], datasets.Value("bool")))
+    assert source.label_names == ["false", "true"]
+    assert source.labels.tolist() == [1, 0, 1, 1, 0, 1]
+
+
+def test_without_classes_there_are_none() -> None:
+    source = from_dataset(image_dataset(None), label_column=None)
+    assert (source.num_classes, source.label_names, source.labels.tolist()) == (0, None, [0] * 6)
+
+
+BAD_LABELS = {
+    "none": ([0, None, 1, None, 0, 1], None, "2 of 6 rows have no label in column 'label', the first is row 1"),
+    "negative": ([0, 1, -1, 0, -1, 0], None, r"2 of 6 rows have a negative label \(-1\).* first is row 2"),
+    "negative with names": (
+        [0, 1, -1, 0, 1, 0],
+        datasets.ClassLabel(names=["cat", "dog"]),
+        r"1 of 6 rows have a negative label \(-1\)",
+    ),
+    "floats": ([0.0, 1.0, 0.5, 0.0, 1.0, 1.0], datasets.Value("float32"), "holds float; class labels are integers"),
+    "lists": ([[0]] * 6, datasets.Sequence(datasets.Value("int64")), "class labels are integers or strings"),
+    "hashes": ([0, 1, 2**40, 3, 4, 5], None, "goes up to 1099511627776"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_bad_labels_are_told_with_the_way_out(kind: str) -> None:
+    labels, feature, message = BAD_LABELS[kind]
+    with pytest.raises(InputError, match=f"{message}.*label_column=None trains without classes"):
+        from_dataset(image_dataset(labels, feature))
+
+
+def test_prefix_is_the_first_rows_and_does_not_change_the_classes() -> None:
+    dataset = image_dataset([0, 1, 2, 3, 4, 5])
+    whole, part = from_dataset(dataset), from_dataset(dataset, max_train_samples=2)
+    assert (len(part), part.num_classes, part.labels.tolist()) == (2, 6, [0, 1])
+    np.testing.assert_array_equal(part.load(1, 8), whole.load(1, 8))
+    assert len(from_dataset(dataset, max_train_samples=99)) == 6
+    assert part.fingerprint != whole.fingerprint
+    with pytest.raises(InputError, match="max_train_samples must be at least 1"):
+        from_dataset(dataset, max_train_samples=0)
+
+
+def test_labels_of_a_million_rows_are_checked_in_seconds() -> None:
+    rows = 1_280_000
+    one = encoded(noise_image(4, 4))
+    images = datasets.Dataset.from_dict({"image": [{"bytes": one, "path": None}]}).with_format("arrow")[:]["image"]
+    table = pa.table(
+        {
+            "image": pa.chunked_array([images.chunk(0).take(pa.array(np.zeros(rows, dtype=np.int64)))]),
+            "label": pa.array(np.random.default_rng(0).choice(["dog", "cat", "owl"], rows)),
+        }
+    )
+    dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+    started = time.perf_counter()
+    source = from_dataset(dataset)
+    assert time.perf_counter() - started < 8
+    assert (len(source), source.label_names) == (rows, ["cat", "dog", "owl"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Places
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where `datasets` may put its copies."""
+    return str(tmp_path_factory.mktemp("hf_cache"))
+
+
+def class_folder(root: Path, files: dict[str, int]) -> Path:
+    """Images at the given relative paths, each of the noise with the given seed."""
+    for name, seed in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(8, 8, seed).save(root / name)
+    return root
+
+
+def test_image_folder_has_a_class_a_sub_folder(tmp_path: Path) -> None:
+    root = class_folder(tmp_path, {"dog/b.png": 1, "cat/a.PNG": 2, "dog/deep/c.png": 3})
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / ".hidden").mkdir()
+    source = open_images(train_data_dir=str(root))
+    assert source.label_names == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 1, 1]
+    for row, seed in enumerate((2, 1, 3)):
+        np.testing.assert_array_equal(source.load(row, 8), np.array(noise_image(8, 8, seed)))
+
+
+def test_words_like_test_in_paths_lose_no_image(tmp_path: Path) -> None:
+    root = class_folder(tmp_path, {"train/test_1.png": 1, "train/2.png": 2, "bus/valid.png": 3})
+    source = open_images(train_data_dir=str(root))
+    assert source.label_names == ["bus", "train"]
+    assert len(source) == 3
+
+
+def test_image_folder_with_splits(tmp_path: Path) -> None:
+    root = class_folder(tmp_path, {"train/cat/1.png": 1, "train/dog/2.png": 2, "val/cat/3.png": 3})
+    assert len(open_images(train_data_dir=str(root))) == 2
+    assert open_images(train_data_dir=str(root), split="val").label_names == ["cat"]
+    with pytest.raises(InputError, match="Unknown split 'test'.*Allowed: train, val"):
+        open_images(train_data_dir=str(root), split="test")
+
+
+def test_flat_folder_needs_label_column_none(tmp_path: Path) -> None:
+    root = class_folder(tmp_path, {"2.png": 2, "1.png": 1})
+    with pytest.raises(InputError, match="no class sub-folders; label_column=None trains without classes"):
+        open_images(train_data_dir=str(root))
+    source = open_images(train_data_dir=str(root), label_column=None)
+    assert (len(source), source.num_classes) == (2, 0)
+    np.testing.assert_array_equal(source.load(0, 8), np.array(noise_image(8, 8, 1)))
+
+
+def test_metadata_file_gives_the_labels(tmp_path: Path, cache_dir: str) -> None:
+    root = class_folder(tmp_path, {"1.png": 1, "test_2.png": 2})
+    (root / "metadata.csv").write_text("file_name,kind\n1.png,owl\ntest_2.png,cat\n")
+    source = open_images(train_data_dir=str(root), label_column="kind", cache_dir=cache_dir)
+    assert source.label_names == ["cat", "owl"]
+    assert source.labels.tolist() == [1, 0]
+
+
+def test_replaced_image_changes_the_fingerprint(tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "a", {"cat/1.png": 1, "dog/2.png": 2})
+    first = open_images(train_data_dir=str(root)).fingerprint
+    moved = root.rename(tmp_path / "b")
+    assert open_images(train_data_dir=str(moved)).fingerprint == first
+    noise_image(8, 8, 3).save(moved / "cat" / "1.png")
+    os.utime(moved / "cat" / "1.png", (0, 0))
+    assert open_images(train_data_dir=str(moved)).fingerprint != first
+
+
+@pytest.fixture(scope="module")
+def parquet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of two named classes in one parquet file."""
+    file = tmp_path_factory.mktemp("parquet") / "animals.parquet"
+    image_dataset([0, 1, 1, 0, 1, 0], datasets.ClassLabel(names=["cat", "dog"])).to_parquet(file)
+    return file
+
+
+def test_one_parquet_file(parquet_file: Path, cache_dir: str) -> None:
+    source = open_images(train_data_dir=str(parquet_file), cache_dir=cache_dir)
+    assert source.label_names == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 1, 1, 0, 1, 0]
+    np.testing.assert_array_equal(source.load(4, 8), np.array(noise_image(8, 8, 4)))
+    assert open_images(train_data_dir=str(parquet_file), cache_dir=cache_dir).fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+def test_parquet_folder_takes_the_shards_of_the_split(
+    tmp_path: Path, parquet_file: Path, cache_dir: str, place: str
+) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        shutil.copy(parquet_file, tmp_path / place / f"{name}.parquet")
+    assert len(open_images(train_data_dir=str(tmp_path), cache_dir=cache_dir)) == 12
+    assert len(open_images(train_data_dir=str(tmp_path), split="test", cache_dir=cache_dir)) == 6
+    with pytest.raises(InputError, match="Unknown split 'valid'.*Allowed: test, train"):
+        open_images(train_data_dir=str(tmp_path), split="valid", cache_dir=cache_dir)
+
+
+def test_parquet_folder_without_split_names_is_all_training_data(
+    tmp_path: Path, parquet_file: Path, cache_dir: str
+) -> None:
+    for name in ("part-00000-of-00002", "trainer_b"):
+        shutil.copy(parquet_file, tmp_path / f"{name}.parquet")
+    assert len(open_images(train_data_dir=str(tmp_path), cache_dir=cache_dir)) == 12
+
+
+def test_saved_dataset_folder(tmp_path: Path) -> None:
+    dataset = image_dataset([0, 1, 1, 0, 1, 0])
+    datasets.DatasetDict(train=dataset, test=dataset.select(range(2))).save_to_disk(tmp_path / "both")
+    dataset.save_to_disk(tmp_path / "one")
+    assert len(open_images(train_data_dir=str(tmp_path / "both"), split="test")) == 2
+    assert len(open_images(train_data_dir=str(tmp_path / "one"))) == 6
+    with pytest.raises(InputError, match="Unknown split 'val'"):
+        open_images(train_data_dir=str(tmp_path / "both"), split="val")
+
+
+def test_embedded_set_needs_no_network(cache_dir: str) -> None:
+    source = open_images(dataset_name="embedded", cache_dir=cache_dir)
+    assert source.num_classes == 10
+    assert "Sneaker" in (source.label_names or [])
+    counts = np.bincount(source.labels)
+    assert counts.min() == counts.max() >= 800
+    assert source.load(0, 32).shape == (32, 32, 3)
+    with pytest.raises(InputError, match="embedded"):
+        open_images(dataset_name="embedded", split="test", cache_dir=cache_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_exactly_one_place_must_be_given() -> None:
+    with pytest.raises(InputError, match="exactly one of dataset_name and train_data_dir; got neither"):
+        open_images()
+    with pytest.raises(InputError, match="got both"):
+        open_images(dataset_name="a/b", train_data_dir="c")
+
+
+def test_missing_or_useless_folders_are_told(tmp_path: Path) -> None:
+    class_folder(tmp_path / "hole", {"cat/1.png": 1})
+    (tmp_path / "hole" / "dog").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "broken.parquet").write_text("version https://git-lfs.github.com/spec/v1")
+    expected = {
+        "nowhere": "No such file or folder: '.*nowhere'",
+        "empty": r"No images in '.*empty'.*one sub-folder of images a class, or \*.parquet files",
+        "notes.txt": "is a file but not",
+        "hole": "Every sub-folder is a class, but '.*dog' has no images",
+        "broken.parquet": "Cannot read the parquet data in '.*broken.parquet': .*[Pp]arquet",
+    }
+    for name, message in expected.items():
+        with pytest.raises(InputError, match=message) as caught:
+            open_images(train_data_dir=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        assert "\n" not in str(caught.value)
+
+
+def test_cache_folder_that_cannot_be_written_is_told(tmp_path: Path, parquet_file: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="Cannot cache .* in '.*file'"):
+        open_images(train_data_dir=str(parquet_file), cache_dir=str(tmp_path / "file"))
+
+
+def test_unknown_columns_name_the_nearest() -> None:
+    dataset = image_dataset([0, 1, 1, 0, 1, 0])
+    with pytest.raises(InputError, match="Unknown image column 'img'. Did you mean 'image'.*Allowed: image, label"):
+        from_dataset(dataset, "img")
+    with pytest.raises(InputError, match="Unknown label column 'labels'. Did you mean 'label'.*label_column=None"):
+        from_dataset(dataset, "image", "labels")
+
+
+def test_image_column_without_images_is_told() -> None:
+    dataset = image_dataset([0, 1, 1, 0, 1, 0])
+    with pytest.raises(InputError, match=r"'label' holds int64, not images. Columns: image .*, label \(int64\)"):
+        from_dataset(dataset, "label")
+    texts = datasets.Dataset.from_dict({"image": ["a cat", "a dog"], "label": [0, 1]})
+    with pytest.raises(InputError, match=r"Cannot read the image of row 0 \(a cat\)"):
+        from_dataset(texts)
+    with pytest.raises(InputError, match="no rows"):
+        from_dataset(texts.select([]))
+
+
+def test_paths_and_formats_are_no_hub_ids(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"give it as train_data_dir={tmp_path}"):
+        open_images(dataset_name=str(tmp_path))
+    with pytest.raises(InputError, match="No such folder: './my/images'"):
+        open_images(dataset_name="./my/images")
+    with pytest.raises(InputError, match="'imagefolder' is a file format"):
+        open_images(dataset_name="imagefolder")
+
+
+def test_source_is_checked_without_decoding_more_than_one_image() -> None:
+    rows = [*image_rows(1), {"bytes": b"damaged", "path": None}]
+    features = datasets.Features(image=datasets.Image())
+    source = from_dataset(datasets.Dataset.from_dict({"image": rows}, features=features), label_column=None)
+    assert isinstance(source, ImageSource)
+    assert len(source) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_image_dataset_gives_whole_batches() -> None:
+    source = from_dataset(image_dataset([0, 1, 1, 0, 1, 0]))
+    dataset = pickle.loads(pickle.dumps(ImageDataset(source, resolution=8)))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[[5, 0], [3]], collate_fn=collate)
+    first, second = list(loader)
+    assert first["pixel_values"].shape == (2, 3, 8, 8)
+    assert first["pixel_values"].dtype == torch.uint8
+    assert first["labels"].tolist() == [0, 0]
+    assert second["labels"].dtype == torch.int64
+    np.testing.assert_array_equal(first["pixel_values"][0].permute(1, 2, 0).numpy(), np.array(noise_image(8, 8, 5)))
+    assert dataset[3]["pixel_values"].equal(second["pixel_values"][0])
+
+
+def test_damaged_image_in_a_batch_is_named_by_its_row() -> None:
+    rows: list[dict[str, object] | None] = [*image_rows(3), None]
+    features = datasets.Features(image=datasets.Image())
+    source = from_dataset(datasets.Dataset.from_dict({"image": rows}, features=features), label_column=None)
+    with pytest.raises(InputError, match="Cannot read the image of row 3"):
+        ImageDataset(source, resolution=8).__getitems__([0, 3])
