@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_LISTED = 20
+"""Longer lists of allowed names are left out of a message that has found the nearest one."""
+
 
 class InputError(ValueError):
     """Bad input from a user: one line that gives the value, what is allowed and, for names, the nearest match.
@@ -22,4 +25,6 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     choices = sorted(allowed)
     nearest = get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    return InputError(f"Unknown {kind} '{name}'.{hint} Allowed: {', '.join(choices)}.")
+    # A hundred names are no help beside the right one.
+    listed = "" if nearest and len(choices) > MOST_LISTED else f" Allowed: {', '.join(choices)}."
+    return InputError(f"Unknown {kind} '{name}'.{hint}{listed}")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -36,6 +35,8 @@ class FakeHub(BaseHTTPRequestHandler):
         if "gated" in path or "imagenet-1k" in path:
             # Without a log-in the Hub says 401, with one that has not accepted the terms 403.
             return 403 if "gated-403" in path else 401, b"", {"X-Error-Code": "GatedRepo"}
+        if "broken" in path:
+            return 500, b"", {}
         if "team/good" not in path:
             return 404 if "missing" in path else 401, b"", {"X-Error-Code": "RepoNotFound"}
         shard = {"type": "file", "oid": "b" * 40, "size": len(self.parquet), "path": SHARD}
@@ -71,6 +72,7 @@ HUB_CASES: dict[str, dict[str, str]] = {
     "imagenet": {"dataset_name": "imagenet-1k"},
     "missing": {"dataset_name": "team/missing"},
     "private": {"dataset_name": "team/private"},
+    "broken": {"dataset_name": "team/broken"},
     "malformed": {"dataset_name": "bad id!"},
     "split": {"dataset_name": "team/good", "split": "tset"},
     "config": {"dataset_name": "team/good", "dataset_config_name": "big"},
@@ -112,7 +114,7 @@ def small_parquet() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def hub_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+def hub_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What `open_images` does for each of HUB_CASES: [names, labels, sum of image 1], or the error's text."""
     handler = type("Handler", (FakeHub,), {"parquet": small_parquet()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -142,7 +144,7 @@ def hub_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             else:
                 answers[message[0]] = message[1]
     assert set(answers) == set(HUB_CASES)
-    yield answers
+    return answers
 
 
 def test_hub_set_is_loaded_and_then_found_in_the_cache(hub_answers: dict[str, object]) -> None:
@@ -164,6 +166,7 @@ def test_hub_set_is_loaded_and_then_found_in_the_cache(hub_answers: dict[str, ob
         ("missing", "There is no data set 'team/missing' on the Hub"),
         ("private", "There is no data set 'team/private' on the Hub, or it is private and you are not logged in"),
         ("malformed", "There is no data set 'bad id!' on the Hub"),
+        ("broken", "Cannot load 'team/broken': the Hub answered with status 500. Try again later."),
         ("split", "Cannot load 'team/good' from the Hub: Unknown split \"tset\". Should be one of ['train']."),
         ("config", "Cannot load 'team/good' from the Hub: BuilderConfig 'big' not found. Available: ['default']"),
         ("revision", "Revision 'no-such-revision' doesn't exist for dataset 'team/good' on the Hub."),

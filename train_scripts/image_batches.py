@@ -1,7 +1,9 @@
 """The images that the scripts for the VAE, the classifier and the reference statistics read, and batches of them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -10,6 +12,9 @@ from tqdm import tqdm
 from speed_diffusers.data import ImageDataset, ImageSource, collate, open_images
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
+
+PRELOAD_BYTES = 2**29
+"""Sets of at most this size, decoded, are trained on from memory."""
 
 
 @dataclass
@@ -43,6 +48,15 @@ def require_at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if value < minimum:
             raise InputError(f"{name}={value}, but must be at least {minimum}.")
+
+
+def require_writable(folder: str) -> None:
+    """Raises `InputError` if `folder` is a file, or neither it nor what it would be made in can be written."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "not writable" if existing.is_dir() else "a file"
+        raise InputError(f"output_dir={folder}: {existing} is {reason}.")
 
 
 def open_training_images(settings: ImageSettings, *, max_train_samples: int | None = None) -> ImageSource:
@@ -79,7 +93,16 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`steps` shuffled batches: images (B, 3, R, R) float32 in [0, 1], labels (B,) int64."""
     order = BatchOrder(len(source), BatchLayout(batch_size), seed=settings.seed, first_step=0, max_steps=steps)
-    yield from _load(source, settings, order)
+    size = len(source) * 3 * settings.resolution**2
+    if size > PRELOAD_BYTES or steps * batch_size < len(source):
+        yield from _load(source, settings, order)
+        return
+    # decoding a small PNG costs as much as training on it: do it once
+    decoded = all_batches(source, settings, description="decode")
+    images = torch.cat([(batch * 255).round().to(torch.uint8) for batch, _ in decoded])
+    labels = torch.from_numpy(source.labels)
+    for rows in order:
+        yield images[rows].float() / 255, labels[rows]
 
 
 def all_batches(

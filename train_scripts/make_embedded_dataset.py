@@ -10,6 +10,7 @@ The first command makes the shipped set (9,000 images, seconds). The source is t
 
 import gzip
 import io
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,13 @@ class EmbeddedDatasetSettings:
     output: str = field(default=str(ASSETS / "train.parquet"), metadata={"help": "the parquet file to write"})
 
 
+def require_file_name(output: Path) -> None:
+    """Raises `InputError` unless `output` names a parquet file in a folder that is or can be made."""
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.suffix != ".parquet" or output.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"output={output}, but must be a *.parquet file in a folder that can be written.")
+
+
 def read_idx(path: Path) -> np.ndarray:
     """A uint8 array from a gzipped IDX file (big-endian: two zero bytes, type, rank, the dimensions, the values)."""
     if not path.is_file():
@@ -89,6 +97,8 @@ def encode_png(image: np.ndarray) -> bytes:
 def main(argv: list[str]) -> None:
     """Reads, chooses, encodes and writes."""
     config = load_config(EmbeddedDatasetSettings, argv, Path(__file__).parent)
+    output = Path(config.output)
+    require_file_name(output)
     stem = Path(config.idx_dir) / IDX_PREFIXES[config.split]
     images = read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))
     labels = read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"))
@@ -98,7 +108,6 @@ def main(argv: list[str]) -> None:
         "image": [{"bytes": encode_png(images[i]), "path": None} for i in tqdm(indices, desc="encode", unit="image")],
         "label": labels[indices].tolist(),
     }
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     # one row group: the images are small, and the footer of each further group would cost more than it gives
     datasets.Dataset.from_dict(columns, features=features).to_parquet(output, batch_size=len(indices))

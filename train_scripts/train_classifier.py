@@ -23,6 +23,7 @@ from image_batches import (
     open_training_images,
     open_validation_images,
     require_at_least,
+    require_writable,
     training_batches,
 )
 from torch import nn
@@ -40,16 +41,17 @@ class ClassifierSettings(ImageSettings):
     """All settings of this script."""
 
     output_dir: str = field(default="classifier", metadata={"help": "folder for the two files"})
-    max_train_steps: int = field(default=3000, metadata={"help": "optimizer steps"})
+    max_train_steps: int = field(default=3600, metadata={"help": "optimizer steps"})
     train_batch_size: int = field(default=128, metadata={"help": "images a step"})
     learning_rate: float = field(default=4e-3, metadata={"help": "peak of the cosine schedule"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay"})
     label_smoothing: float = field(default=0.05, metadata={"help": "share of the target spread over all classes"})
-    max_shift: int = field(default=2, metadata={"help": "largest random shift in pixels, each way; 0 for none"})
+    max_shift: int = field(default=1, metadata={"help": "largest random shift in pixels, each way; 0 for none"})
     device: str = field(default="cpu", metadata={"help": "torch device"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_writable(self.output_dir)
         require_at_least(1, max_train_steps=self.max_train_steps, train_batch_size=self.train_batch_size)
         require_at_least(0, max_shift=self.max_shift, learning_rate=self.learning_rate)
         if self.label_column is None:

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
         return
     run = start_run(inputs)
     run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
-    stopped_by = train(run)
+    with StopRequest() as stop:
+        stopped_by = train(run, stop)
     if stopped_by is None:
         save_results(run)
     run.accelerator.end_training()
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + stopped_by)
 
 
-def train(run: TrainingRun) -> int | None:
+def train(run: TrainingRun, stop: "StopRequest") -> int | None:
     """The training loop: from the run's first step to its last.
 
     Returns:
@@ -67,7 +68,6 @@ def train(run: TrainingRun) -> int | None:
     """
     config, accelerator, model, layout = run.config, run.accelerator, run.model, run.layout
     log = StepLog(run)
-    stop = StopRequest()
     max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
     batches = iter(run.loader)
     for step in range(run.first_step, config.max_train_steps):
@@ -186,10 +186,14 @@ class StepLog:
 class StopRequest:
     """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopRequest":
         self.number = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        self._handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

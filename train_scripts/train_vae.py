@@ -11,7 +11,7 @@ files). Without data settings it trains on the 9,000 images in the package. A qu
 import json
 import math
 import shlex
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from image_batches import (
     open_training_images,
     open_validation_images,
     require_at_least,
+    require_writable,
     training_batches,
 )
 from tqdm import tqdm
@@ -42,7 +43,7 @@ WARMUP_STEPS = 100
 class VAESettings(ImageSettings):
     """All settings of this script."""
 
-    output_dir: str = field(default="vae", metadata={"help": "folder for the VAE; an existing one is replaced"})
+    output_dir: str = field(default="vae", metadata={"help": "folder for the VAE; replaces one there"})
     max_train_steps: int = field(default=3600, metadata={"help": "optimizer steps"})
     train_batch_size: int = field(default=64, metadata={"help": "images a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak of the cosine schedule"})
@@ -55,6 +56,7 @@ class VAESettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_writable(self.output_dir)
         require_at_least(1, max_train_steps=self.max_train_steps, train_batch_size=self.train_batch_size)
         require_at_least(0, learning_rate=self.learning_rate, kl_weight=self.kl_weight)
         factor = 2 ** (len(self.block_out_channels) - 1)
@@ -169,12 +171,12 @@ def reconstruction_error(vae: AutoencoderKL, source: ImageSource, settings: VAES
 
 
 def save(vae: AutoencoderKL, output: Path) -> None:
-    """Writes the VAE in half precision to a folder beside `output`, then renames it."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    vae.to(torch.float16).save_pretrained(partial)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    """Writes the VAE in half precision to a temporary folder, then moves its files into `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as partial:
+        vae.to(torch.float16).save_pretrained(partial)
+        for file in Path(partial).iterdir():
+            file.replace(output / file.name)
 
 
 def quality(source: ImageSource, settings: VAESettings) -> dict[str, object]:
@@ -205,7 +207,6 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - started
     centre_and_scale(vae.eval(), source, settings)
     output = Path(settings.output_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(vae, output)
     report = {
         "command": shlex.join(["python", "train_scripts/train_vae.py", *argv]),

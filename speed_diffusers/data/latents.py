@@ -13,20 +13,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import InputError
 from .images import ImageSource
 from .moments import check_resolution, encode_moments, sample_latents, vae_factor, vae_fingerprint
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 __all__ = [
     "LatentDataset",
@@ -87,7 +89,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def cache_latents(
     source: ImageSource,
-    vae: AutoencoderKL,
+    vae: "AutoencoderKL",
     *,
     vae_fingerprint: str,
     resolution: int,
@@ -188,7 +190,7 @@ def _make_room(folder: Path, num_bytes: int) -> None:
 
 def _write(
     source: ImageSource,
-    vae: AutoencoderKL,
+    vae: "AutoencoderKL",
     file: Path,
     columns: list[str],
     shape: tuple[int, int, int],

@@ -2,25 +2,29 @@
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    # Importing it costs seconds, which opening images need not pay.
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """diffusers' DiagonalGaussianDistribution clamps to it; clamped before storing, no value overflows float16."""
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
+def vae_factor(vae: "AutoencoderKL") -> int:
     """How many pixels along a side one latent stands for."""
     return int(2 ** (len(vae.config["block_out_channels"]) - 1))
 
 
-def check_resolution(resolution: int, vae: AutoencoderKL) -> int:
+def check_resolution(resolution: int, vae: "AutoencoderKL") -> int:
     """Check that the VAE can encode colour images of this size.
 
     Args:
@@ -47,7 +51,7 @@ def check_resolution(resolution: int, vae: AutoencoderKL) -> int:
     return below
 
 
-def vae_fingerprint(vae: AutoencoderKL) -> str:
+def vae_fingerprint(vae: "AutoencoderKL") -> str:
     """SHA-256 (hex) over the VAE's configuration and the names, types, shapes and bytes of its weights."""
     # Private keys say where it was loaded from and by which version, not what it computes.
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
@@ -77,7 +81,7 @@ def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Ten
 
 @torch.inference_mode()
 def encode_moments(
-    pixels: npt.NDArray[np.uint8], vae: AutoencoderKL, *, mirrored: bool
+    pixels: npt.NDArray[np.uint8], vae: "AutoencoderKL", *, mirrored: bool
 ) -> list[npt.NDArray[np.float16]]:
     """Mean and log-variance of the latents of images.
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 FEATURE_DIM = 64
 SHIPPED_CLASSIFIER = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "classifier.safetensors"
 _MAP_SIZE = 4  # height and width of the last feature map; at 32x32 input the pooling to it is the identity
-_WIDTHS = (24, 32, 48, 48)
+_WIDTHS = (32, 48, 64, 64)
 
 
 class SmallClassifier(nn.Module):
@@ -34,12 +34,12 @@ class SmallClassifier(nn.Module):
             raise InputError(f"num_classes={num_classes}, but a classifier needs at least 2 classes.")
         self.num_classes = num_classes
         self.trunk = nn.Sequential(
-            _convolution(1, _WIDTHS[0], stride=2),  # (N, 24, H/2, W/2)
-            _convolution(_WIDTHS[0], _WIDTHS[1], stride=1),  # (N, 32, H/2, W/2)
-            _convolution(_WIDTHS[1], _WIDTHS[2], stride=2),  # (N, 48, H/4, W/4)
-            _convolution(_WIDTHS[2], _WIDTHS[3], stride=2),  # (N, 48, H/8, W/8)
-            nn.AdaptiveAvgPool2d(_MAP_SIZE),  # (N, 48, 4, 4)
-            nn.Flatten(),  # (N, 768)
+            _convolution(1, _WIDTHS[0], stride=2),  # (N, 32, H/2, W/2)
+            _convolution(_WIDTHS[0], _WIDTHS[1], stride=1),  # (N, 48, H/2, W/2)
+            _convolution(_WIDTHS[1], _WIDTHS[2], stride=2),  # (N, 64, H/4, W/4)
+            _convolution(_WIDTHS[2], _WIDTHS[3], stride=2),  # (N, 64, H/8, W/8)
+            nn.AdaptiveAvgPool2d(_MAP_SIZE),  # (N, 64, 4, 4)
+            nn.Flatten(),  # (N, 1024)
         )
         self.embedding = nn.Sequential(
             nn.Linear(_WIDTHS[3] * _MAP_SIZE**2, FEATURE_DIM, bias=False), nn.BatchNorm1d(FEATURE_DIM)

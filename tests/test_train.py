@@ -1,0 +1,173 @@
+"""The training script on a tiny run: what it leaves, that it resumes exactly, and that it keeps its promises."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import DDIMScheduler, DiTPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from train_dit_speed import main
+
+from speed_diffusers.checkpoints import list_checkpoints
+from speed_diffusers.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """Accelerate remembers its first set-up for the life of a process."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def run_folder(options: list[str]) -> Path:
+    """The folder of the run that a command line names."""
+    return Path(next(option.removeprefix("output_dir=") for option in options if option.startswith("output_dir=")))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without the speed, which is never the same twice."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def final_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: parameters, averages, moments."""
+    files = sorted((folder / f"checkpoint-{step}").glob("*.safetensors"))
+    assert [file.name for file in files] == ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_run(first: Path, second: Path, step: int) -> None:
+    """Bit-equal parameters, averages and moments, and the same losses all along."""
+    one, other = final_tensors(first, step), final_tensors(second, step)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+    assert metrics(first) == metrics(second)
+
+
+def test_a_run_leaves_pipeline_samples_metrics_and_config(tiny_options: list[str]) -> None:
+    options = [*tiny_options[:-1], "report_to=tensorboard", "validation_steps=6", "checkpoints_total_limit=2"]
+    main(options)
+    folder = run_folder(tiny_options)
+    pipeline = DiTPipeline.from_pretrained(folder / "pipeline")
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.scheduler.config.clip_sample is False
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.labels == {"cat": 0, "dog": 1}
+    images = pipeline(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3) and np.isfinite(images).all()
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 13))
+    assert Image.open(folder / "samples.png").width > 100
+    assert sorted(path.name for path in (folder / "validation").iterdir()) == ["step-0000006.png", "step-0000012.png"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-12", "checkpoint-10"]
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+    sidecar = json.loads((folder / "pipeline" / "speed_training.json").read_text())
+    assert sidecar["training_config"]["speed_sampling"] == "asymmetric"
+    assert not list(folder.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["gradient_accumulation_steps=2", "random_flip=true", "lr_scheduler=linear"],
+        ["cache_latents=false", "random_flip=true", "speed_sampling=uniform", "speed_weighting=none"],
+    ],
+    ids=["plain", "accumulation and flips", "images and uniform"],
+)
+def test_resume_in_the_middle_is_exact(tiny_options: list[str], tmp_path: Path, extra: list[str]) -> None:
+    main(tiny_options + extra)
+    whole = run_folder(tiny_options)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for checkpoint in ("checkpoint-10", "checkpoint-12"):
+        shutil.rmtree(broken / checkpoint)
+    shutil.rmtree(broken / "pipeline")
+    _fresh = [option for option in tiny_options if not option.startswith("output_dir=")]
+    AcceleratorState._reset_state()
+    main([*_fresh, *extra, f"output_dir={broken}", "resume_from_checkpoint=latest"])
+    assert_same_run(whole, broken, 12)
+    assert (broken / "pipeline" / "model_index.json").exists()
+
+
+def test_another_split_of_the_global_batch_resumes_with_more_accumulation(tiny_options: list[str]) -> None:
+    main(tiny_options)
+    folder = run_folder(tiny_options)
+    shutil.rmtree(folder / "checkpoint-12")
+    before = metrics(folder)
+    AcceleratorState._reset_state()
+    options = [option for option in tiny_options if not option.startswith("train_batch_size")]
+    main([*options, "train_batch_size=2", "resume_from_checkpoint=latest"])
+    for one, other in zip(before, metrics(folder), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    shutil.rmtree(folder / "checkpoint-12")
+    AcceleratorState._reset_state()
+    with pytest.raises(InputError, match="train_batch_size=3 x 1 process.* does not divide the global batch of 4"):
+        main([*options, "train_batch_size=3", "resume_from_checkpoint=latest"])
+
+
+def test_resume_refuses_changed_options_with_the_difference(tiny_options: list[str]) -> None:
+    main(tiny_options)
+    options = [*tiny_options, "resume_from_checkpoint=latest", "learning_rate=0.5", "speed_k=7"]
+    AcceleratorState._reset_state()
+    with pytest.raises(InputError, match=r"speed_k: 5.0 -> 7.0; learning_rate: 0.001 -> 0.5.*allow_config_changes=true"):
+        main(options)
+    AcceleratorState._reset_state()
+    main([*options, "allow_config_changes=true"])
+
+
+def test_latest_begins_anew_where_there_is_no_checkpoint(tiny_options: list[str]) -> None:
+    main([*tiny_options, "resume_from_checkpoint=latest"])
+    assert (run_folder(tiny_options) / "checkpoint-12").is_dir()
+
+
+def test_a_run_is_not_overwritten_by_accident(tiny_options: list[str]) -> None:
+    main(tiny_options)
+    folder = run_folder(tiny_options)
+    (folder / "notes.txt").write_text("mine")
+    AcceleratorState._reset_state()
+    with pytest.raises(InputError, match="holds a run already.*resume_from_checkpoint=latest.*overwrite_output_dir=true"):
+        main(tiny_options)
+    AcceleratorState._reset_state()
+    main([*tiny_options, "overwrite_output_dir=true", "seed=1"])
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_unconditional_training_makes_every_label_null(tiny_options: list[str]) -> None:
+    main([*tiny_options, "label_column=None"])
+    pipeline = DiTPipeline.from_pretrained(run_folder(tiny_options) / "pipeline")
+    assert pipeline.labels == {}
+    rows = final_tensors(run_folder(tiny_options), 12)["model/embedder.class_embedder.embedding_table.weight"]
+    moments = final_tensors(run_folder(tiny_options), 12)[
+        "optimizer/exp_avg_sq/embedder.class_embedder.embedding_table.weight"
+    ]
+    assert rows.shape[0] == 1001
+    assert moments[1000].abs().max() > 0 and moments[:1000].abs().max() == 0
+
+
+def test_fine_tuning_goes_on_from_a_pipeline(tiny_options: list[str], tmp_path: Path) -> None:
+    main(tiny_options)
+    base = run_folder(tiny_options)
+    AcceleratorState._reset_state()
+    options = [option for option in tiny_options if not option.startswith("output_dir=")]
+    main([*options, f"pretrained_model_name_or_path={base}", f"output_dir={tmp_path / 'tuned'}"])
+    assert metrics(tmp_path / "tuned")[0]["loss"] < metrics(base)[0]["loss"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*tiny_options, "dry_run=true"])
+    printed = capsys.readouterr().out
+    assert "convergence [700, 1000) 7.9%" in printed and "12 of 4 images" in printed
+    assert not run_folder(tiny_options).exists()
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_they_are_applied(tiny_options: list[str]) -> None:
+    with pytest.raises(FloatingPointError, match="The gradients of step 2 are not finite"):
+        main([*tiny_options, "lr_scheduler=constant", "learning_rate=1e38", "max_grad_norm=None"][1:] + tiny_options[:1])
+    assert not list_checkpoints(run_folder(tiny_options))
