@@ -27,7 +27,7 @@ TRAIN = [
 ]
 EVAL = ["clean-fid", "scipy"]
 TEST = [*TRAIN, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "scipy"]
-DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML"]
+DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
 setup(
     name="speed-diffusers",

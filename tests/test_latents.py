@@ -295,6 +295,7 @@ cache(from_dataset(tiny_dataset()), vae, Path({cache_dir!r}))
 """
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_nothing_that_is_taken_for_whole(
     source: ImageSource, vae: AutoencoderKL, cached: LatentDataset, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ import datasets
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "a" * 40
 SHARD = "data/train-00000-of-00001.parquet"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ..errors import InputError
 
 SHIPPED_REFERENCE = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "reference_features.safetensors"
+HEADER_KEY = "feature_statistics"
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,12 @@ def _roots(eigenvalues: torch.Tensor) -> torch.Tensor:
 
 def save_statistics(statistics: FeatureStatistics, path: str | Path) -> None:
     """Writes statistics as safetensors: mean, covariance (float64), and count and extractor hash in the header."""
+    # one header entry: safetensors writes several in a random order, and the file's hash names the reference
+    header = {"count": statistics.count, "extractor_sha256": statistics.extractor_sha256}
     save_file(
         {"mean": statistics.mean.contiguous(), "covariance": statistics.covariance.contiguous()},
         path,
-        metadata={"count": json.dumps(statistics.count), "extractor_sha256": statistics.extractor_sha256},
+        metadata={HEADER_KEY: json.dumps(header, sort_keys=True)},
     )
 
 
@@ -168,8 +171,9 @@ def load_reference_statistics(path: str | Path | None = None) -> FeatureStatisti
     if not path.is_file():
         raise InputError(f"No reference statistics at '{path}'. Make them with make_reference_statistics.py.")
     with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        if "count" not in header or set(file.keys()) != {"mean", "covariance"}:
+        metadata = file.metadata() or {}
+        if HEADER_KEY not in metadata or set(file.keys()) != {"mean", "covariance"}:
             raise InputError(f"'{path}' holds no reference statistics of make_reference_statistics.py.")
         mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
-    return FeatureStatistics(mean, covariance, int(header["count"]), header.get("extractor_sha256", ""))
+    header = json.loads(metadata[HEADER_KEY])
+    return FeatureStatistics(mean, covariance, int(header["count"]), str(header["extractor_sha256"]))

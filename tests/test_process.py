@@ -1,0 +1,181 @@
+"""The forward process: noise level, increments, areas and tau against numpy and published numbers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from speed_diffusers.errors import InputError
+from speed_diffusers.process import ForwardProcess, SpeeDSettings
+
+SCHEDULES = {
+    "linear": {},
+    "quadratic": {"beta_schedule": "scaled_linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "stable diffusion": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+}
+
+
+def process_of(**config: object) -> ForwardProcess:
+    return ForwardProcess.from_scheduler(DDPMScheduler(**config))
+
+
+def linear_noise_level(num_timesteps: int = 1000) -> np.ndarray:
+    """1 - alphas_cumprod of DiT's schedule in float64, from its definition."""
+    return 1.0 - np.cumprod(1.0 - np.linspace(1e-4, 0.02, num_timesteps, dtype=np.float64))
+
+
+def test_noise_level_is_that_of_the_definition() -> None:
+    process = process_of()
+    assert process.noise_level.dtype == torch.float64 and process.noise_level.device.type == "cpu"
+    np.testing.assert_allclose(process.noise_level.numpy(), linear_noise_level(), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_level_agrees_with_the_schedulers_own_table(name: str) -> None:
+    scheduler = DDPMScheduler(**SCHEDULES[name])
+    process = ForwardProcess.from_scheduler(scheduler)
+    torch.testing.assert_close(1.0 - process.noise_level, scheduler.alphas_cumprod.double(), atol=2e-6, rtol=0)
+
+
+def test_snr_inverts_to_the_noise_level() -> None:
+    process = process_of(rescale_betas_zero_snr=True)
+    torch.testing.assert_close(1.0 / (1.0 + process.snr), process.noise_level, rtol=1e-12, atol=0)
+    assert float(process.snr[-1]) == 0.0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_change_is_numpys_gradient(name: str) -> None:
+    process = process_of(**SCHEDULES[name])
+    np.testing.assert_allclose(process.change.numpy(), np.gradient(process.noise_level.numpy()), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "pivot"), [("linear", 219), ("quadratic", 411), ("cosine", 495), ("stable diffusion", 313)]
+)
+def test_pivot_between_acceleration_and_deceleration(name: str, pivot: int) -> None:
+    assert process_of(**SCHEDULES[name]).fastest_step == pivot
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "tau"),
+    [
+        ("linear", 10, 475),
+        ("linear", 100, 673),
+        ("linear", 140, 698),
+        ("linear", 145, 700),
+        ("quadratic", 100, 850),
+        ("cosine", 10, 793),
+        ("cosine", 140, 945),
+        ("stable diffusion", 10, 674),
+        ("stable diffusion", 140, 963),
+    ],
+)
+def test_tau_is_the_first_step_with_one_rth_of_the_signal(name: str, r: float, tau: int) -> None:
+    process = process_of(**SCHEDULES[name])
+    assert process.first_settled_step(r) == tau
+    signal = 1.0 - process.noise_level.numpy()
+    assert signal[tau] <= 1 / r < signal[tau - 1]
+
+
+def test_tau_is_t_where_the_process_never_settles() -> None:
+    assert process_of(beta_end=0.002).first_settled_step(145) == 1000
+
+
+@pytest.mark.parametrize("tau", [1, 100, 219, 220, 700, 999, 1000])
+def test_areas_cover_every_timestep_once(tau: int) -> None:
+    areas = process_of().areas(tau)
+    assert [*areas.acceleration, *areas.deceleration, *areas.convergence] == list(range(1000))
+    assert areas.convergence == range(tau, 1000)
+    assert areas.acceleration == range(min(219, tau))
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 3, 4, 10, 4000, 10000])
+def test_any_number_of_timesteps(num_timesteps: int) -> None:
+    process = process_of(num_train_timesteps=num_timesteps)
+    settings = SpeeDSettings.resolve(process, k=5, tau=None, r=145, lambda_=0.6)
+    areas = process.areas(settings.tau)
+    assert 1 <= settings.tau <= num_timesteps
+    assert [*areas.acceleration, *areas.deceleration, *areas.convergence] == list(range(num_timesteps))
+    assert bool(torch.isfinite(process.change).all()) and bool((process.noise_level.diff() >= 0).all())
+    assert bool(((process.noise_level > 0) & (process.noise_level <= 1)).all())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_every_schedule_of_diffusers_is_read(schedule: str) -> None:
+    process = process_of(beta_schedule=schedule)
+    assert bool(torch.isfinite(process.snr).all()) and bool(torch.isfinite(process.change).all())
+    assert bool((process.noise_level.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("host", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_zero_terminal_snr_is_finite(host: type) -> None:
+    process = ForwardProcess.from_scheduler(host(rescale_betas_zero_snr=True))
+    assert float(process.noise_level[-1]) == 1.0
+    assert bool(torch.isfinite(process.change).all()) and bool(torch.isfinite(process.snr).all())
+    assert process.first_settled_step(145) < 1000
+
+
+def test_trained_betas_are_read() -> None:
+    betas = [0.1, 0.2, 0.5]
+    process = process_of(trained_betas=betas)
+    np.testing.assert_allclose(process.noise_level.numpy(), [0.1, 1 - 0.9 * 0.8, 1 - 0.9 * 0.8 * 0.5], rtol=1e-6)
+
+
+def test_scheduler_without_betas_is_refused() -> None:
+    with pytest.raises(InputError, match="^FlowMatchEulerDiscreteScheduler has no 'betas'") as error:
+        ForwardProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    assert "\n" not in str(error.value)
+
+
+def test_one_timestep_is_refused() -> None:
+    with pytest.raises(InputError, match="num_train_timesteps=1: .*at least 2"):
+        process_of(num_train_timesteps=1)
+
+
+def test_settings_of_the_paper() -> None:
+    settings = SpeeDSettings.resolve(process_of(), k=5.0, tau=None, r=145.0, lambda_=0.6)
+    assert (settings.k, settings.tau, settings.lambda_, settings.tau_found) == (5.0, 700, 0.6, True)
+
+
+def test_given_tau_wins_over_r() -> None:
+    settings = SpeeDSettings.resolve(process_of(), k=5.0, tau=321, r=145.0, lambda_=0.6)
+    assert settings.tau == 321 and settings.tau_found
+
+
+def test_process_that_starts_settled_keeps_one_step_before_tau() -> None:
+    process = ForwardProcess(torch.tensor([0.999, 0.9995, 0.9999], dtype=torch.float64))
+    assert process.first_settled_step(145) == 0
+    assert SpeeDSettings.resolve(process, k=5.0, tau=None, r=145.0, lambda_=0.6).tau == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ({"k": 0.99}, "speed_k=0.99: must be a finite number of at least 1"),
+        ({"k": -5}, "speed_k=-5: "),
+        ({"k": float("nan")}, "speed_k=nan: "),
+        ({"k": float("inf")}, "speed_k=inf: "),
+        ({"tau": 0}, r"speed_tau=0: must be a whole number in \[1, 1000\]"),
+        ({"tau": 1001}, r"speed_tau=1001: .*\[1, 1000\]"),
+        ({"tau": 7.5}, "speed_tau=7.5: must be a whole number"),
+        ({"r": 1.0}, "speed_r=1.0: must be a finite number above 1"),
+        ({"r": float("nan")}, "speed_r=nan: "),
+        ({"r": float("inf")}, "speed_r=inf: "),
+        ({"lambda_": 0.49}, r"speed_lambda=0.49: must lie in \[0.5, 1\]"),
+        ({"lambda_": 5.0}, r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
+        ({"lambda_": float("nan")}, "speed_lambda=nan: "),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(number: dict[str, float], message: str) -> None:
+    numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
+    with pytest.raises(InputError, match=f"^{message}") as error:
+        SpeeDSettings.resolve(process_of(), **numbers)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [{"k": 1}, {"tau": 1}, {"tau": 1000}, {"lambda_": 0.5}, {"lambda_": 1.0}])
+def test_ends_of_the_ranges_are_allowed(number: dict[str, float]) -> None:
+    numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
+    settings = SpeeDSettings.resolve(process_of(), **numbers)  # type: ignore[arg-type]
+    assert all(getattr(settings, name) == value for name, value in number.items())

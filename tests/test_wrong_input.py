@@ -1,0 +1,110 @@
+"""Wrong input to the training script: one clear line, nothing written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from train_dit_speed import main
+
+from speed_diffusers.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def fails(options: list[str], message: str, output_dir: Path) -> None:
+    """The options raise this one line and leave nothing at the output folder."""
+    existed = output_dir.exists()
+    with pytest.raises(InputError, match=message) as caught:
+        main(options)
+    assert "\n" not in str(caught.value)
+    assert output_dir.exists() == existed
+    assert not list(output_dir.parent.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("lerning_rate=1", "Unknown config key 'lerning_rate'. Did you mean 'learning_rate'"),
+        ("train_batch_size=many", "train_batch_size.*'many'.*whole number"),
+        ("train_batch_size=0", "train_batch_size=0: must be at least 1"),
+        ("max_train_steps=-5", "max_train_steps=-5: must be at least 1"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps=0: must be at least 1"),
+        ("logging_steps=0", "logging_steps=0: must be at least 1"),
+        ("learning_rate=0", "learning_rate=0.0: must be above 0"),
+        ("ema_decay=1", r"ema_decay=1.0: must lie in \[0, 1\)"),
+        ("class_dropout_prob=1.5", r"class_dropout_prob=1.5: must lie in \[0, 1\)"),
+        ("seed=-1", "seed=-1: must lie in"),
+        ("guidance_scale=0.5", "guidance_scale=0.5: must be at least 1"),
+        ("num_inference_steps=2000", "num_inference_steps=2000: at most num_train_timesteps=1000"),
+        ("speed_sampling=asymetric", "speed_sampling 'asymetric'. Did you mean 'asymmetric'"),
+        ("speed_weighting=p3", "Unknown speed_weighting 'p3'.*Allowed: change_aware, none"),
+        ("speed_tau=1001", r"speed_tau=1001: must be a whole number in \[1, 1000\]"),
+        ("speed_tau=0", r"speed_tau=0: must be a whole number in \[1, 1000\]"),
+        ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
+        ("speed_lambda=0.4", r"speed_lambda=0.4: must lie in \[0.5, 1\]"),
+        ("speed_k=0.5", "speed_k=0.5: must be a finite number of at least 1"),
+        ("speed_r=1", "speed_r=1.0: must be a finite number above 1"),
+        ("model=DiT-XL/3", "Unknown model 'DiT-XL/3'. Did you mean 'DiT-XL/"),
+        ("prediction_type=eps", "Unknown prediction_type 'eps'.*Did you mean 'epsilon'"),
+        ("mixed_precision=fp16", "Unknown mixed_precision 'fp16'.*Allowed: bf16, no"),
+        ("resolution=33", "33 is not a multiple of the VAE's factor 4.*Nearest: 32 or 36"),
+        ("resolution=40", "patches of 4 do not divide latents of 10x10"),
+        ("num_classes=1", "num_classes=1: the data has 2 classes, with ids up to 1; allowed: at least 2"),
+        ("image_column=picture", "picture.*image"),
+        ("label_column=breed", "breed.*label"),
+        ("train_data_dir=nowhere", "nowhere"),
+        ("dataset_name=embedded", "exactly one of dataset_name and train_data_dir; got both"),
+        ("train_data_dir=None", "exactly one of dataset_name and train_data_dir; got neither"),
+        ("config=imagenet_257", "imagenet_257"),
+        ("validation_class_labels=bird", "Unknown class label 'bird'.*Allowed: cat, dog"),
+        ("report_to=wandbb", "Unknown tracker.*Did you mean 'wandb'"),
+        ("report_to=comet_ml", "report_to=comet_ml: not installed; run: pip install comet-ml"),
+        ("pretrained_vae_model_name_or_path=no/vae", "Could not load the vae 'no/vae'"),
+        ("pretrained_model_name_or_path=no/model", "Could not load the transformer 'no/model'"),
+        ("resume_from_checkpoint=no-checkpoint", "resume_from_checkpoint=no-checkpoint: no-checkpoint is not a folder"),
+        ("beta_schedule=cosine", "Unknown beta_schedule 'cosine'.*Allowed"),
+    ],
+    ids=lambda value: value if "=" in str(value) and " " not in str(value) else "",
+)
+def test_one_line_and_nothing_written(tiny_options: list[str], tmp_path: Path, wrong: str, message: str) -> None:
+    key = wrong.split("=")[0]
+    options = [option for option in tiny_options if not option.startswith(f"{key}=")]
+    if key == "dataset_name":
+        options = [option for option in tiny_options if not option.startswith("dataset_name=")]
+    fails([*options, wrong], message, tmp_path / "run")
+
+
+def test_output_folder_that_is_a_file_or_cannot_be_written(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [option for option in tiny_options if not option.startswith("output_dir=")]
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for target in (file, file / "run"):
+        AcceleratorState._reset_state()
+        fails([*options, f"output_dir={target}"], f"output_dir={target}: .*file is a file", target)
+    assert file.read_text() == "mine"
+    AcceleratorState._reset_state()
+    # A folder that not even root can write to.
+    fails([*options, "output_dir=/proc/run"], "output_dir=/proc/run: /proc is not writable", Path("/proc/run"))
+
+
+def test_data_whose_labels_or_pictures_are_wrong(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [option for option in tiny_options if not option.startswith("train_data_dir=")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails([*options, f"train_data_dir={empty}"], "empty", tmp_path / "run")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(flat / "a.png")
+    AcceleratorState._reset_state()
+    fails([*options, f"train_data_dir={flat}"], "label", tmp_path / "run")
+    damaged = tmp_path / "damaged" / "cat"
+    damaged.mkdir(parents=True)
+    (damaged / "a.png").write_bytes(b"no picture")
+    AcceleratorState._reset_state()
+    fails([*options, f"train_data_dir={damaged.parent}"], "a.png|row 0", tmp_path / "run")
