@@ -65,7 +65,11 @@ def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
 def commit() -> str:
     """The commit that is measured, marked if the tree differs from it."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=HERE, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return described.stdout.strip() or "unknown"
 

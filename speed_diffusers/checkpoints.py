@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,7 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whole and on the CPU, gathered where they are sharded; every process must call it."""
     return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()  # type: ignore[operator]
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()
         for name, value in state.items()
     }
 
@@ -74,8 +74,8 @@ def save_checkpoint(
     Raises:
         OSError: The disk is full or not writable; checkpoints that were there are untouched.
     """
-    weights = get_model_state_dict(model, options=_FULL)
-    moments = get_optimizer_state_dict(model, optimizer, options=_FULL)
+    weights = cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
+    moments = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
     averages = full_tensors(ema.state_dict())
     target = output_dir / f"checkpoint-{step}"
     if not is_main_process:
@@ -129,11 +129,12 @@ def load_checkpoint(
     """
     document = read_state(folder)
     try:
-        set_model_state_dict(model, load_file(folder / MODEL), options=StateDictOptions(full_state_dict=True))
+        weights = cast(dict[str, Any], load_file(folder / MODEL))
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
         ema.load_state_dict(load_file(folder / EMA))
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{folder} is a checkpoint of another model: {str(error).splitlines()[0]}") from error
-    moments: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, Any] = {}
     for name, value in load_file(folder / OPTIMIZER).items():
         key, parameter = name.split("/", maxsplit=1)
         moments.setdefault(parameter, {})[key] = value
@@ -257,5 +258,3 @@ def _replace_folder(source: Path, target: Path) -> None:
     else:
         source.rename(target)
     _sync(target.parent)
-
-

@@ -20,7 +20,7 @@ def fitted_decay(max_train_steps: int, fraction: float = 0.05) -> float:
         fraction: Half-life over run length.
     """
     half_life = max(max_train_steps * fraction, 1.0)
-    return min(0.5 ** (1.0 / half_life), MAX_DECAY)
+    return min(float(0.5 ** (1.0 / half_life)), MAX_DECAY)
 
 
 class ExponentialMovingAverage:

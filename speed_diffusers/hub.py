@@ -1,10 +1,10 @@
 """Pretrained parts by name: shipped, in a folder (of a run, a pipeline or one model), or on the Hub."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
-from diffusers.models.modeling_utils import ModelMixin
 
 from .errors import InputError
 
@@ -13,7 +13,7 @@ EMBEDDED = "embedded"
 
 EMBEDDED_PIPELINE = Path(__file__).parent / "assets" / "fashion_mnist" / "pipeline"
 
-M = TypeVar("M", bound=ModelMixin)
+M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
 
 def load_pipeline(name: str, *, revision: str | None = None) -> DiTPipeline:
@@ -41,7 +41,7 @@ def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:
     Raises:
         InputError: Nothing of this name can be loaded.
     """
-    return _load_model(AutoencoderKL, "vae", name, revision)
+    return cast(AutoencoderKL, _load_model(AutoencoderKL, "vae", name, revision))
 
 
 def load_transformer(name: str, *, revision: str | None = None) -> DiTTransformer2DModel:
@@ -50,7 +50,7 @@ def load_transformer(name: str, *, revision: str | None = None) -> DiTTransforme
     Raises:
         InputError: Nothing of this name can be loaded.
     """
-    return _load_model(DiTTransformer2DModel, "transformer", name, revision)
+    return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision))
 
 
 def _pipeline_folder(name: str) -> Path:
@@ -75,7 +75,7 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded(component, name, error) from error
-    return model.float()
+    return cast(M, cast(Any, model).to(torch.float32))
 
 
 def _load_from_hub(model_class: type[M], component: str, name: str, revision: str | None) -> M:

@@ -239,4 +239,4 @@ def export_transformer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
     transformer.load_state_dict(stock_state_dict(state, transformer.config["num_layers"]))
     for block in transformer.transformer_blocks:
         cast(Any, block).norm1.emb.class_embedder.dropout_prob = 0.0
-    return transformer.eval()
+    return cast(DiTTransformer2DModel, transformer.eval())

@@ -1,7 +1,7 @@
 """Images from a pipeline: one seed an image, in lazy batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +41,14 @@ def generate(
     for start in range(0, len(class_rows), batch_size):
         rows = list(class_rows[start : start + batch_size])
         generators = [keyed_generator(seed, "image", first_image + start + index) for index in range(len(rows))]
-        yield pipeline(
+        result = pipeline(
             class_labels=rows,
             generator=generators,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             output_type="np",
-        ).images
+        )
+        yield cast(Any, result).images
 
 
 def class_samples(

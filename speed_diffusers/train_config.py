@@ -51,7 +51,7 @@ class TrainConfig:
     # Model
     model: str = option("DiT-XL/2", "Size and patch of the transformer.", choices=MODEL_NAMES)
     num_classes: int | None = option(None, "Classes of the model; None: as many as the data has.")
-    pretrained_model_name_or_path: str | None = option(None, "DiT pipeline to fine-tune: run, pipeline folder, Hub id.")
+    pretrained_model_name_or_path: str | None = option(None, "DiT to fine-tune: run, pipeline folder, Hub id.")
     pretrained_vae_model_name_or_path: str = option(
         "stabilityai/sd-vae-ft-ema", "AutoencoderKL: folder, Hub id, or 'embedded' for the shipped one."
     )
@@ -99,7 +99,7 @@ class TrainConfig:
 
     # Samples during and after training
     validation_steps: int | None = option(None, "Draw a grid of samples every so many steps; None: never.", free=True)
-    validation_class_labels: list[str] = option([], "Classes of the grid, names or ids; empty: the first 10.", free=True)
+    validation_class_labels: list[str] = option([], "Its classes, names or ids; empty: the first 10.", free=True)
     num_validation_images: int = option(8, "Images a class in the grid.", free=True)
     guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", free=True)
     num_inference_steps: int = option(50, "Solver steps of the grid.", free=True)
@@ -108,7 +108,7 @@ class TrainConfig:
     output_dir: str = option("runs/dit_speed", "Folder of the run.", free=True)
     overwrite_output_dir: bool = option(False, "Delete the run that the folder holds.", free=True)
     logging_steps: int = option(50, "Log every so many steps.", free=True)
-    report_to: list[str] = option(["tensorboard"], "Trackers by accelerate's names; empty: metrics.jsonl only.", free=True)
+    report_to: list[str] = option(["tensorboard"], "Trackers by name; empty: metrics.jsonl only.", free=True)
     tracker_project_name: str = option("speed_diffusers", "Project name in the trackers.", free=True)
     checkpointing_steps: int | None = option(5000, "Save the state every so many steps; None: at the end.", free=True)
     checkpoints_total_limit: int | None = option(None, "Keep the newest so many; None: all.", free=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from train_dit_speed import main
 
 from speed_diffusers.errors import InputError
+from train_dit_speed import main
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,10 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("report_to=comet_ml", "report_to=comet_ml: not installed; run: pip install comet-ml"),
         ("pretrained_vae_model_name_or_path=no/vae", "Could not load the vae 'no/vae'"),
         ("pretrained_model_name_or_path=no/model", "Could not load the transformer 'no/model'"),
-        ("resume_from_checkpoint=no-checkpoint", "resume_from_checkpoint=no-checkpoint: no-checkpoint is not a folder"),
+        (
+            "resume_from_checkpoint=no-checkpoint",
+            "no-checkpoint: no-checkpoint is not a folder",
+        ),
         ("beta_schedule=cosine", "Unknown beta_schedule 'cosine'.*Allowed"),
     ],
     ids=lambda value: value if "=" in str(value) and " " not in str(value) else "",

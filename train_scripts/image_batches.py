@@ -25,8 +25,10 @@ class ImageSettings:
         default=None, metadata={"help": "Hub id, or embedded for the set in the package (default without other data)"}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of the Hub data set"})
-    split: str = field(default="train", metadata={"help": "split of dataset_name to train on"})
-    validation_split: str | None = field(default=None, metadata={"help": "split of dataset_name to measure on"})
+    split: str = field(default="train", metadata={"help": "split to train on; locally where names carry one"})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "split to measure on; locally where names carry one"}
+    )
     train_data_dir: str | None = field(default=None, metadata={"help": "image folder, parquet folder or file"})
     validation_data_dir: str | None = field(default=None, metadata={"help": "held-out images, like train_data_dir"})
     image_column: str = field(default="image", metadata={"help": "column with the images"})
@@ -39,6 +41,8 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.resolution < 8:
             raise InputError(f"resolution={self.resolution}, but must be at least 8.")
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise InputError("Give dataset_name or train_data_dir, not both.")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "embedded"
 
@@ -66,11 +70,11 @@ def open_training_images(settings: ImageSettings, *, max_train_samples: int | No
 
 def open_validation_images(settings: ImageSettings) -> ImageSource | None:
     """The held-out images, or None where the settings name none."""
-    if settings.validation_data_dir is not None:
-        return _open(settings, settings.validation_data_dir, "test")
-    if settings.validation_split is not None:
-        return _open(settings, None, settings.validation_split)
-    return None
+    if settings.validation_data_dir is None and settings.validation_split is None:
+        return None
+    # local files whose names carry no split count as "train", whatever they are used for
+    data_dir = settings.validation_data_dir or settings.train_data_dir
+    return _open(settings, data_dir, settings.validation_split or "train")
 
 
 def _open(

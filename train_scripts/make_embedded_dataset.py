@@ -17,10 +17,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from command_line import run_script
 from PIL import Image
 from tqdm import tqdm
 
+from command_line import run_script
 from speed_diffusers.config import load_config
 from speed_diffusers.errors import InputError
 

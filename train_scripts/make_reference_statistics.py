@@ -1,4 +1,4 @@
-"""Writes mean and covariance of held-out images' features, the reference of the Fréchet distance, and its floor.
+r"""Writes mean and covariance of held-out images' features, the reference of the Fréchet distance, and its floor.
 
     python train_scripts/make_reference_statistics.py train_data_dir=fashion_mnist_train.parquet \
         validation_data_dir=fashion_mnist_test.parquet output_dir=reference
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command_line import run_script
 from diffusers import AutoencoderKL
+
+from command_line import run_script
 from image_batches import (
     ImageSettings,
     all_batches,
@@ -25,7 +26,6 @@ from image_batches import (
     require_at_least,
     require_writable,
 )
-
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError

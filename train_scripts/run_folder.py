@@ -65,7 +65,8 @@ def check_numbers(config: TrainConfig) -> None:
         raise InputError(f"seed={config.seed}: must lie in [0, 2^63).")
     if config.num_inference_steps > config.num_train_timesteps:
         raise InputError(
-            f"num_inference_steps={config.num_inference_steps}: at most num_train_timesteps={config.num_train_timesteps}."
+            f"num_inference_steps={config.num_inference_steps}: at most "
+            f"num_train_timesteps={config.num_train_timesteps}."
         )
 
 
@@ -113,7 +114,7 @@ def check_resumed_config(config: TrainConfig, source: ImageSource, checkpoint: P
         for name, value in current.items()
         if name not in free and saved.get(name) != value
     ]
-    if state["data_fingerprint"] != source.fingerprint:
+    if state["data_signature"] != source.signature():
         changes.append("the training data")
     if changes and not config.allow_config_changes:
         raise InputError(

@@ -16,6 +16,7 @@ from speed_diffusers.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
+
     from training_setup import Inputs, TrainingRun
 
 
@@ -28,13 +29,15 @@ def describe_plan(inputs: "Inputs") -> str:
     epochs = config.max_train_steps * layout.global_batch / len(inputs.source)
     areas = vars(inputs.scheduler.speed_areas).items()
     shares = ", ".join(
-        f"{name} [{area.start}, {area.stop}) {float(tables.pmf[area.start : area.stop].sum()):.1%}" for name, area in areas
+        f"{name} [{area.start}, {area.stop}) {float(tables.pmf[area.start : area.stop].sum()):.1%}"
+        for name, area in areas
     )
+    side = shape.sample_size
     lines = {
-        "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{shape.sample_size}x{shape.sample_size}",
+        "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{side}x{side}",
         "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
-        "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): {layout.per_device} "
-        f"a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
+        "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
+        f"{layout.per_device} a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
         "speed": f"{config.speed_sampling} sampling, {config.speed_weighting} weighting, {config.prediction_type}",
         "draws": shares,
         "output": config.output_dir,
@@ -61,7 +64,7 @@ def save_state(run: "TrainingRun", step: int) -> None:
         state={
             "config": config_dict(run.config),
             "global_batch": run.layout.global_batch,
-            "data_fingerprint": run.source.fingerprint,
+            "data_signature": run.data_signature,
             "version": speed_diffusers.__version__,
         },
         is_main_process=run.accelerator.is_main_process,

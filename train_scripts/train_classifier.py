@@ -1,4 +1,4 @@
-"""Trains the small classifier whose features measure how close generated images are to real ones.
+r"""Trains the small classifier whose features measure how close generated images are to real ones.
 
     python train_scripts/train_classifier.py train_data_dir=fashion_mnist_train.parquet \
         validation_data_dir=fashion_mnist_test.parquet output_dir=classifier
@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
+
 from command_line import run_script
 from image_batches import (
     ImageSettings,
@@ -26,9 +29,6 @@ from image_batches import (
     require_writable,
     training_batches,
 )
-from torch import nn
-from tqdm import tqdm
-
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError

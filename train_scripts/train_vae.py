@@ -1,4 +1,4 @@
-"""Trains a small AutoencoderKL whose latents a DiT of the embedded default is trained on.
+r"""Trains a small AutoencoderKL whose latents a DiT of the embedded default is trained on.
 
     python train_scripts/train_vae.py train_data_dir=fashion_mnist_train.parquet \
         validation_data_dir=fashion_mnist_test.parquet output_dir=vae
@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command_line import run_script
 from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from command_line import run_script
 from image_batches import (
     ImageSettings,
     all_batches,
@@ -29,8 +31,6 @@ from image_batches import (
     require_writable,
     training_batches,
 )
-from tqdm import tqdm
-
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError

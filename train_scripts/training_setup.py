@@ -1,42 +1,32 @@
 """What the training script needs before its loop: every check, then every part, then the folder of the run."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.checkpoints import load_checkpoint, read_state
 from speed_diffusers.data.images import ImageDataset, ImageSource, collate, open_images
-from speed_diffusers.data.latents import (
-    LatentDataset,
-    cache_latents,
-    check_resolution,
-    sample_latents,
-    vae_fingerprint,
-)
+from speed_diffusers.data.latents import LatentDataset, cache_latents, sample_latents, vae_fingerprint
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.draws import StepDraws
 from speed_diffusers.ema import ExponentialMovingAverage, fitted_decay
-from speed_diffusers.errors import InputError
 from speed_diffusers.export import embedding_row_names
 from speed_diffusers.guard import NonFiniteGuard
-from speed_diffusers.hub import load_transformer, load_vae
-from speed_diffusers.models import TrainableDiT, build_dit, dit_config
-from speed_diffusers.randomness import keyed_generator
+from speed_diffusers.hub import load_vae
+from speed_diffusers.models import TrainableDiT
 from speed_diffusers.sampling import choose_classes
 from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
-
-from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
+from training_parts import make_accelerator, make_layout, make_model, make_scheduler, set_learning_rate
 
 
 @dataclass
@@ -56,6 +46,7 @@ class TrainingRun:
     guard: NonFiniteGuard
     layout: BatchLayout
     loader: DataLoader[dict[str, Tensor]]
+    data_signature: str
     first_step: int
 
     @property
@@ -198,140 +189,28 @@ def start_run(inputs: Inputs) -> TrainingRun:
         guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
         layout=layout,
         loader=loader,
+        data_signature=inputs.source.signature(),
         first_step=first_step,
     )
 
 
-def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
-    """The noise schedule with SpeeD.
-
-    Raises:
-        InputError: A `speed_` value is outside its range.
-    """
-    return SpeeDDDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        prediction_type=config.prediction_type,
-        clip_sample=False,
-        speed_sampling=config.speed_sampling,
-        speed_weighting=config.speed_weighting,
-        speed_k=config.speed_k,
-        speed_tau=config.speed_tau,
-        speed_r=config.speed_r,
-        speed_lambda=config.speed_lambda,
-    )
-
-
-def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> TrainableDiT:
-    """The transformer in training form, new or pretrained.
-
-    Raises:
-        InputError: It does not fit the images, their classes or the autoencoder.
-    """
-    side = check_resolution(config.resolution, vae)
-    channels = int(vae.config.latent_channels)
-    num_classes = config.num_classes if config.num_classes is not None else source.num_classes
-    if source.num_classes > num_classes:
-        raise InputError(
-            f"num_classes={num_classes}: the data has {source.num_classes} classes, with ids up to "
-            f"{source.num_classes - 1}; allowed: at least {source.num_classes}, or None."
-        )
-    if config.pretrained_model_name_or_path is None:
-        architecture = dit_config(
-            config.model, sample_size=side, in_channels=channels, out_channels=channels, num_classes=num_classes
-        )
-        core = build_dit(
-            architecture, keyed_generator(config.seed, "weights", 0), tie_embedders=config.tie_embedders
-        )
-    else:
-        transformer = load_transformer(config.pretrained_model_name_or_path, revision=config.revision)
-        found = transformer.config
-        for name, needed in (("sample_size", side), ("in_channels", channels), ("out_channels", channels)):
-            if found[name] != needed:
-                raise InputError(
-                    f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its {name} is "
-                    f"{found[name]}, but resolution={config.resolution} and the VAE need {needed}."
-                )
-        if num_classes > max(found["num_embeds_ada_norm"], 1):
-            raise InputError(f"The pretrained model has {found['num_embeds_ada_norm']} classes; {num_classes} needed.")
-        core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
-    if config.gradient_checkpointing:
-        core.transformer.enable_gradient_checkpointing()
-    return core.train()
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for devices, processes, precision and trackers; never for accumulation, loaders or checkpoints.
-
-    Raises:
-        InputError: The launcher asks for what would not happen: fp16, or more processes than accelerate sees.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"WORLD_SIZE={launched}, but accelerate runs {accelerator.num_processes} process(es); on CPUs launch "
-            f"with: torchrun --nproc_per_node {launched}"
-        )
-    return accelerator
-
-
-def make_layout(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> BatchLayout:
-    """How a global batch is split; a resumed run keeps its global batch by accumulating more or less.
-
-    Raises:
-        InputError: The global batch of the checkpoint is no multiple of what the processes take at once.
-    """
-    accumulation = config.gradient_accumulation_steps
-    at_once = config.train_batch_size * accelerator.num_processes
-    if checkpoint is not None:
-        kept = read_state(checkpoint)["global_batch"]
-        if kept % at_once:
-            raise InputError(
-                f"train_batch_size={config.train_batch_size} x {accelerator.num_processes} process(es) = {at_once} "
-                f"does not divide the global batch of {kept} that {checkpoint} was trained with."
-            )
-        accumulation = kept // at_once
-    return BatchLayout(config.train_batch_size, accelerator.num_processes, accelerator.process_index, accumulation)
-
-
 def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
-    """Cached latents, or images where the cache is off; one process of each machine fills the cache."""
+    """Cached latents, or images where the cache is off; a lock lets one process of each machine fill the cache.
+
+    Not by a barrier between processes: encoding a large set takes longer than a process group waits.
+    """
     config, accelerator = inputs.config, inputs.accelerator
     if not config.cache_latents:
         inputs.vae.to(accelerator.device)
         return ImageDataset(inputs.source, resolution=config.resolution, center_crop=config.center_crop)
-    with accelerator.local_main_process_first():
-        return cache_latents(
-            inputs.source,
-            inputs.vae,
-            vae_fingerprint=vae_fingerprint(inputs.vae),
-            resolution=config.resolution,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            batch_size=config.vae_batch_size,
-            device=accelerator.device,
-            cache_dir=config.cache_dir,
-        )
-
-
-def set_learning_rate(lr_scheduler: Any, step: int) -> None:
-    """Puts a schedule to a step: the rate is a function of it, so nothing else needs to be restored."""
-    lr_scheduler.last_epoch = step
-    rates = [base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    lr_scheduler._last_lr = rates
+    return cache_latents(
+        inputs.source,
+        inputs.vae,
+        vae_fingerprint=vae_fingerprint(inputs.vae),
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        batch_size=config.vae_batch_size,
+        device=accelerator.device,
+        cache_dir=config.cache_dir,
+    )

@@ -1,4 +1,4 @@
-"""The score of a pipeline with the protocol it was measured under: two scores compare only if their protocols agree."""
+"""The score of a pipeline and the protocol it was measured under; scores compare only under equal protocols."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -112,8 +112,10 @@ def score_pipeline(
 
 def _with_labels(batches: Iterator, labels: list[int], total: int) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[type-arg]
     """Batches as (B, 3, H, W) tensors with the labels they were made for, under a progress bar."""
+    done = 0
     with tqdm(total=total, desc="Scoring", unit="image") as progress:
         for batch in batches:
             images = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
-            yield images, torch.tensor(labels[progress.n : progress.n + len(images)])
+            yield images, torch.tensor(labels[done : done + len(images)])
+            done += len(images)
             progress.update(len(images))

@@ -1,0 +1,178 @@
+"""The moving average: its recurrence in float64, its precision, the swap, and what an update costs."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speed_diffusers.ema import MAX_DECAY, ExponentialMovingAverage, fitted_decay
+
+# Views and copies of the same values: no arithmetic.
+BOOKKEEPING = {"aten.detach.default", "aten.alias.default", "aten._to_copy.default"}
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what torch dispatches, by the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def scalar_model(value: float, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.tensor([value], dtype=dtype))
+    return model
+
+
+def set_weight(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        model.weight.fill_(value)
+
+
+def small_network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
+def test_recurrence_is_the_closed_form(decay: float) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=200).astype(np.float32)
+    model = scalar_model(1.0)
+    ema = ExponentialMovingAverage(model, decay)
+    for value in values:
+        set_weight(model, float(value))
+        ema.update()
+    steps = len(values)
+    powers = decay ** np.arange(steps - 1, -1, -1.0)
+    expected = decay**steps * 1.0 + (1 - decay) * (powers * values.astype(np.float64)).sum()
+    scale = max(abs(expected), 0.05)
+    assert float(ema.state_dict()["weight"]) == pytest.approx(expected, abs=1e-6 * scale + 1e-7)
+
+
+def test_constant_parameters_are_their_own_average() -> None:
+    model = small_network()
+    ema = ExponentialMovingAverage(model, 0.9999)
+    for _ in range(50):
+        ema.update()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ema.state_dict()[name], parameter.detach(), rtol=1e-6, atol=0)
+
+
+def test_small_steps_are_not_lost_in_float32() -> None:
+    model = scalar_model(1.0)
+    ema = ExponentialMovingAverage(model, 0.9999)
+    set_weight(model, 1.5)
+    for _ in range(20_000):
+        ema.update()
+    assert float(ema.state_dict()["weight"]) == pytest.approx(1.5 - 0.5 * 0.9999**20_000, abs=0.002)
+    assert float(ema.state_dict()["weight"]) == pytest.approx(1.43, abs=0.01)
+
+
+def test_average_of_half_precision_parameters_is_float32() -> None:
+    model = scalar_model(1.0, torch.bfloat16)
+    ema = ExponentialMovingAverage(model, 0.999)
+    set_weight(model, 2.0)
+    for _ in range(100):
+        ema.update()
+    average = ema.state_dict()["weight"]
+    assert average.dtype == torch.float32 and model.weight.dtype == torch.bfloat16
+    assert float(average) == pytest.approx(2.0 - 0.999**100, rel=1e-5)
+    with ema.swapped_in():
+        assert model.weight.dtype == torch.bfloat16
+        assert model.weight.item() == average.bfloat16().item()
+    assert model.weight.item() == 2.0
+
+
+def test_average_is_a_copy_and_needs_no_gradient() -> None:
+    model = small_network()
+    ema = ExponentialMovingAverage(model, 0.9)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    model(torch.ones(1, 3)).sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in ema.state_dict().items())
+    ema.update()
+    assert not any(value.requires_grad for value in ema.state_dict().values())
+    assert all(not torch.equal(value, before[name]) for name, value in ema.state_dict().items())
+
+
+def test_swap_restores_after_success_and_after_an_exception() -> None:
+    model = small_network()
+    ema = ExponentialMovingAverage(model, 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    own = copy.deepcopy(model.state_dict())
+    with ema.swapped_in():
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, ema.state_dict()[name]) and not torch.equal(value, own[name])
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="in the middle"), ema.swapped_in():
+        raise RuntimeError("in the middle")
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+def test_swap_keeps_parameters_and_averages_in_place() -> None:
+    model = small_network()
+    ema = ExponentialMovingAverage(model, 0.5)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    averages = {name: value.clone() for name, value in ema.state_dict().items()}
+    with ema.swapped_in():
+        assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, averages[name]) for name, value in ema.state_dict().items())
+
+
+def test_state_goes_into_another_average() -> None:
+    first, second = (ExponentialMovingAverage(small_network(seed), 0.9) for seed in (0, 1))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+        assert second.state_dict()[name].data_ptr() != value.data_ptr()
+
+
+def test_state_without_a_parameter_is_refused() -> None:
+    ema = ExponentialMovingAverage(small_network(), 0.9)
+    state = ema.state_dict()
+    del state["2.bias"]
+    with pytest.raises(KeyError, match="2.bias"):
+        ema.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_is_one_operation_however_many_tensors(dtype: torch.dtype) -> None:
+    model = nn.ParameterList([torch.ones(3, 3, dtype=dtype) for _ in range(50)])
+    ema = ExponentialMovingAverage(model, 0.9)
+    with CountOperations() as operations:
+        ema.update()
+    counts = operations.counts
+    # Counted: all operations dispatched during one update but detaching and, for bfloat16, casting to float32.
+    arithmetic = {name: count for name, count in counts.items() if name not in BOOKKEEPING}
+    assert arithmetic == {"aten._foreach_lerp_.Scalar": 1}
+    assert counts["aten._to_copy.default"] == (0 if dtype == torch.float32 else 50)
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay"), [(1, 0.5), (20, 0.5), (200, 0.5**0.1), (2_000, 0.5**0.01), (10**6, MAX_DECAY)]
+)
+def test_fitted_decay(steps: int, decay: float) -> None:
+    assert fitted_decay(steps) == pytest.approx(decay, rel=1e-12)
+
+
+def test_fitted_decay_halves_over_its_share_of_the_run() -> None:
+    assert fitted_decay(10_000) ** 500 == pytest.approx(0.5)
+    assert fitted_decay(10_000, fraction=0.1) ** 1_000 == pytest.approx(0.5)
+    assert fitted_decay(138_000) < MAX_DECAY == fitted_decay(139_000) == 0.9999
