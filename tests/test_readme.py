@@ -1,0 +1,76 @@
+"""The README's code runs, and every command in it starts."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sample
+import train_dit_speed
+from accelerate.state import AcceleratorState, PartialState
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def arguments_of(script: str) -> list[list[str]]:
+    """The options of every README command that runs a script."""
+    lines = [shlex.split(line) for line in COMMANDS if script in line]
+    return [words[next(i for i, word in enumerate(words) if word.endswith(script)) + 1 :] for words in lines]
+
+
+def test_the_scheduler_example_runs() -> None:
+    example = PYTHON[0]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["loss"].isfinite()  # type: ignore[attr-defined]
+
+
+def test_the_pipeline_example_runs_without_this_package(tmp_path: Path) -> None:
+    shipped = ROOT / "speed_diffusers" / "assets" / "fashion_mnist" / "pipeline"
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "pipeline").symlink_to(shipped)
+    check = "\nimport sys\nassert len(images) == 2 and 'speed_diffusers' not in sys.modules\n"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PYTHON[1] + check], cwd=tmp_path, env=environment, check=True)
+
+
+@pytest.mark.parametrize("index", range(len(arguments_of("train_dit_speed.py"))))
+def test_every_training_command_starts(index: int, image_folder: Path, tiny_vae: Path, tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    options = arguments_of("train_dit_speed.py")[index]
+    plan = [f"output_dir={tmp_path / 'run'}", "dry_run=true"]
+    kept = [option for option in options if not option.startswith("output_dir=")]
+    if any(option.startswith("config=imagenet_256") for option in kept):
+        # What needs the network or the machine of an ImageNet run is replaced by something small.
+        kept = [option for option in kept if option.split("=")[0] not in ("train_data_dir", "dataset_name")]
+        plan += [f"train_data_dir={image_folder}", "dataset_name=None", "model=DiT-tiny/2"]
+        plan += [f"pretrained_vae_model_name_or_path={tiny_vae}"]
+    train_dit_speed.main([*kept, *plan])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sampling_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (options,) = arguments_of("sample.py")
+    sample.main([*options, "num_inference_steps=2", "num_images_per_class=1"])
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"[\w/]+\.(?:py|yaml)\b", " ".join(COMMANDS))
+    assert named
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
