@@ -46,8 +46,10 @@ class BenchmarkConfig:
 
 
 def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
-    """Trains one arm, or goes on with it; returns its folder."""
+    """Trains one arm, or goes on with it, unless it is done; returns its folder."""
     folder = Path(config.runs_dir) / f"{arm}-{seed}"
+    if (folder / "pipeline").is_dir():
+        return folder
     settings = {key: value for key, value in PRESETS[arm].items() if value is not None}
     settings |= {
         "prediction_type": "epsilon",

@@ -60,6 +60,7 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
     try:
         pipeline.save_pretrained(temporary)
         (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
+        forget_paths(temporary)
         for weights in temporary.rglob("*.safetensors"):
             # safetensors makes files that only their owner reads, whatever the umask says.
             weights.chmod((temporary / SIDECAR).stat().st_mode)
@@ -68,3 +69,11 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def forget_paths(folder: Path) -> None:
+    """Takes out of a saved pipeline where its parts were loaded from: paths of the machine that trained it."""
+    for config in (*folder.glob("model_index.json"), *folder.glob("*/*config.json")):
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -69,6 +69,15 @@ def class_samples(
     return np.concatenate(list(generate(pipeline, rows, **options)))
 
 
+def row_names_of(pipeline: DiTPipeline) -> dict[int, str]:
+    """Rows of a pipeline's label table with their names; empty if it has none."""
+    names: dict[int, str] = {}
+    for name, row in sorted(pipeline.labels.items(), key=lambda item: item[1]):
+        # One class may have several names, which diffusers has taken apart at their commas.
+        names[row] = f"{names[row]}, {name}" if row in names else name
+    return names
+
+
 def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[int, str]:
     """Rows of the label table, with names, for classes given by a person.
 

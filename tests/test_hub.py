@@ -1,5 +1,6 @@
 """Pretrained parts by name."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ def test_the_shipped_pipeline_is_stock_and_knows_its_garments() -> None:
 
 
 @pytest.mark.parametrize("load", [load_vae, load_transformer])
-def test_a_model_is_found_by_every_kind_of_folder(load: object, tmp_path: Path) -> None:
+def test_a_model_is_found_by_every_kind_of_folder(load: Callable[[str], torch.nn.Module], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "pipeline").symlink_to(EMBEDDED_PIPELINE)
     component = "vae" if load is load_vae else "transformer"
-    states = [load(str(name)).state_dict() for name in ("embedded", EMBEDDED_PIPELINE, EMBEDDED_PIPELINE / component, run)]
+    states = [
+        load(str(name)).state_dict() for name in ("embedded", EMBEDDED_PIPELINE, EMBEDDED_PIPELINE / component, run)
+    ]
     for state in states[1:]:
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
     assert all(value.dtype == torch.float32 for value in states[0].values())

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
+
 import sample
 import train_dit_speed
-from accelerate.state import AcceleratorState, PartialState
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

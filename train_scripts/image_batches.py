@@ -1,7 +1,7 @@
 """The images that the scripts for the VAE, the classifier and the reference statistics read, and batches of them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from speed_diffusers.errors import InputError
 
 PRELOAD_BYTES = 2**29
 """Sets of at most this size, decoded, are trained on from memory."""
+
+BatchReader = Callable[[BatchOrder | list[list[int]]], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass
@@ -97,16 +99,22 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`steps` shuffled batches: images (B, 3, R, R) float32 in [0, 1], labels (B,) int64."""
     order = BatchOrder(len(source), BatchLayout(batch_size), seed=settings.seed, first_step=0, max_steps=steps)
+    yield from batch_reader(source, settings, images_to_read=steps * batch_size)(order)
+
+
+def batch_reader(source: ImageSource, settings: ImageSettings, *, images_to_read: int) -> BatchReader:
+    """What turns lists of rows into batches as `training_batches` gives them, again and again.
+
+    Decoding a small PNG costs as much as training on it: a set that fits in memory is decoded once, unless fewer
+    images than it holds are to be read.
+    """
     size = len(source) * 3 * settings.resolution**2
-    if size > PRELOAD_BYTES or steps * batch_size < len(source):
-        yield from _load(source, settings, order)
-        return
-    # decoding a small PNG costs as much as training on it: do it once
+    if size > PRELOAD_BYTES or images_to_read < len(source):
+        return lambda order: _load(source, settings, order)
     decoded = all_batches(source, settings, description="decode")
     images = torch.cat([(batch * 255).round().to(torch.uint8) for batch, _ in decoded])
     labels = torch.from_numpy(source.labels)
-    for rows in order:
-        yield images[rows].float() / 255, labels[rows]
+    return lambda order: ((images[rows].float() / 255, labels[rows]) for rows in order)
 
 
 def all_batches(

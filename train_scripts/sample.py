@@ -19,7 +19,7 @@ from speed_diffusers.config import load_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.hub import load_pipeline
 from speed_diffusers.plots import save_class_grid
-from speed_diffusers.sampling import choose_classes, class_samples
+from speed_diffusers.sampling import choose_classes, class_samples, row_names_of
 from speed_diffusers.train_config import option
 
 
@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     if output.suffix != ".png" or output.is_dir():
         raise InputError(f"output={output}: must be a file that ends in .png.")
     pipeline = load_pipeline(config.model, revision=config.revision)
-    row_names = {int(row): name for row, name in (pipeline.config.get("id2label") or {}).items()}
-    classes = choose_classes(config.class_labels, row_names)
+    classes = choose_classes(config.class_labels, row_names_of(pipeline))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     images = class_samples(
         pipeline.to(device),

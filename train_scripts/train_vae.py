@@ -15,21 +15,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm import tqdm
 
 from command_line import run_script
 from image_batches import (
     ImageSettings,
     all_batches,
+    batch_reader,
     open_training_images,
     open_validation_images,
     require_at_least,
     require_writable,
-    training_batches,
 )
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
@@ -84,8 +86,22 @@ def make_vae(settings: VAESettings) -> AutoencoderKL:
     )
 
 
+def shuffled_images(source: ImageSource, settings: VAESettings, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless batches (B, 3, R, R) in [0, 1], each epoch in an order drawn at its start, without a smaller last batch."""
+    batch_size = min(settings.train_batch_size, len(source))
+    read = batch_reader(source, settings, images_to_read=settings.max_train_steps * batch_size)
+    while True:
+        order = torch.randperm(len(source), generator=generator).split(batch_size)
+        for images, _ in read([rows.tolist() for rows in order if len(rows) == batch_size]):
+            yield images
+
+
 def train(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> None:
-    """Squared error plus a small KL term: the evidence bound of a Gaussian decoder, up to a factor."""
+    """Squared error plus a small KL term: the evidence bound of a Gaussian decoder, up to a factor.
+
+    One generator draws the order of the images and the latent noise, as they are needed. The shipped VAE follows from
+    the order of these draws and of the operations in `losses`: whoever changes either makes another VAE.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
@@ -94,9 +110,9 @@ def train(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> Non
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    batches = training_batches(source, settings, batch_size=settings.train_batch_size, steps=steps)
+    batches = islice(shuffled_images(source, settings, generator), steps)
     progress = tqdm(batches, total=steps, desc="train", unit="step", mininterval=1.0)
-    for step, (images, _) in enumerate(progress):
+    for step, images in enumerate(progress):
         target = images.to(settings.device) * 2 - 1
         error, kl = losses(vae, target, generator, autocast=settings.mixed_precision == "bf16")
         optimizer.zero_grad()
@@ -113,12 +129,11 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared error of target (B, 3, R, R) in [-1, 1], and KL to N(0, 1) per latent value in nats."""
     with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
-        mean, log_variance = vae.encode(target).latent_dist.parameters.float().chunk(2, dim=1)
-        log_variance = log_variance.clamp(-30, 20)  # as DiagonalGaussianDistribution does, but in float32
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
-    error = (decoded - target).square().mean()
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        posterior = vae.encode(target).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(target.device)
+        decoded = vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample
+    error = (decoded.float() - target).square().mean()
+    kl = DiagonalGaussianDistribution(posterior.parameters.float()).kl().mean() / posterior.mean[0].numel()
     return error, kl
 
 

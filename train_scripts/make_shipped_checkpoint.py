@@ -1,0 +1,63 @@
+"""Puts the transformer of a run, in half precision, beside the shipped autoencoder, and scores it.
+
+    python train_scripts/train_dit_speed.py dataset_name=None train_data_dir=fashion_mnist_train.parquet \
+        max_train_steps=9000 output_dir=runs/shipped
+    python train_scripts/make_shipped_checkpoint.py run=runs/shipped
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from command_line import run_script
+from speed_diffusers.config import load_config
+from speed_diffusers.data.moments import vae_fingerprint
+from speed_diffusers.errors import InputError
+from speed_diffusers.export import SIDECAR, forget_paths
+from speed_diffusers.hub import EMBEDDED, EMBEDDED_PIPELINE, load_pipeline, load_vae
+from speed_diffusers.metrics.score import score_pipeline
+from speed_diffusers.sampling import row_names_of
+from speed_diffusers.train_config import option
+
+QUALITY_FILE = "quality.json"
+
+
+@dataclass
+class ShippedCheckpointConfig:
+    """Options of `make_shipped_checkpoint.py`."""
+
+    run: str = option("runs/shipped", "Run, or pipeline folder, to take the transformer from.")
+    output_dir: str = option(str(EMBEDDED_PIPELINE), "Pipeline folder that holds the autoencoder already.")
+    num_images: int = option(2000, "Generated images of the score.")
+
+
+def main(argv: list[str]) -> None:
+    """Stores and scores the checkpoint.
+
+    Raises:
+        InputError: No such run, or one that was trained with another autoencoder.
+    """
+    config = load_config(ShippedCheckpointConfig, argv, Path(__file__).resolve().parent)
+    folder = Path(config.output_dir)
+    pipeline = load_pipeline(config.run)
+    if vae_fingerprint(pipeline.vae.float()) != vae_fingerprint(load_vae(EMBEDDED)):
+        raise InputError(f"run={config.run}: it was trained with another autoencoder than the shipped one.")
+    pipeline.transformer.to(torch.float16).save_pretrained(folder / "transformer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    # diffusers reads the names but would not save them again.
+    pipeline.register_to_config(id2label={str(row): name for row, name in row_names_of(pipeline).items()})
+    pipeline.save_config(folder)
+    forget_paths(folder)
+    sidecar = Path(config.run) / "pipeline" / SIDECAR
+    (folder / SIDECAR).write_text(sidecar.read_text())
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(0o644)
+    score = score_pipeline(load_pipeline(str(folder)), num_images=config.num_images)
+    (folder / "transformer" / QUALITY_FILE).write_text(json.dumps(score.to_dict(), indent=1) + "\n")
+    print(f"Fréchet distance {score.frechet_distance:.3f}, class agreement {score.class_agreement:.1%}.")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, ShippedCheckpointConfig)
