@@ -32,6 +32,20 @@ SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
 }
+OTHER_THAN_DEFAULT = {
+    **SCHEDULE,
+    "trained_betas": [0.1, 0.2, 0.5, 0.6],
+    "variance_type": "fixed_large",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.9,
+    "clip_sample_range": 2.0,
+    "sample_max_value": 1.5,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "rescale_betas_zero_snr": True,
+}
 SPEED = {"speed_k": 3.0, "speed_tau": 321, "speed_lambda": 0.8, "speed_r": 90.0}
 
 
@@ -106,6 +120,17 @@ def test_schedule_is_the_parents(ours: type, parent: type) -> None:
         assert torch.equal(mine.betas, theirs.betas)
         assert torch.equal(mine.alphas_cumprod, theirs.alphas_cumprod)
         assert {key: mine.config[key] for key in values_of(theirs)} == values_of(theirs)
+
+
+@pytest.mark.parametrize(("ours", "parent"), HOSTS)
+def test_every_parameter_reaches_the_parent(ours: type, parent: type) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(parent.__init__).parameters.items() if name != "self"}
+    for name, default in defaults.items():
+        value = OTHER_THAN_DEFAULT[name]
+        assert value != default
+        mine, theirs = ours(**{name: value}), parent(**{name: value})
+        assert mine.config[name] == theirs.config[name] == value, name
+        assert torch.equal(mine.betas, theirs.betas), name
 
 
 def test_default_is_the_papers_preset() -> None:

@@ -99,6 +99,14 @@ def test_inversion_meets_no_gap_at_the_end() -> None:
     np.testing.assert_allclose(np.bincount(draws.numpy()) / 100_000, [0.25, 0.25, 0.5], atol=0.008)
 
 
+def test_draw_on_a_boundary_belongs_to_the_step_above() -> None:
+    cells = 2**20  # torch draws multiples of 2**-24, so one draw in 16 lies on a boundary
+    cumulative = torch.arange(1, cells + 1, dtype=torch.float32) / cells
+    draws = draw_independent(cumulative, 10_000, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draws, (uniform.double() * cells).floor().long())
+
+
 def test_step_without_mass_is_never_drawn() -> None:
     cumulative = torch.tensor([0.0, 0.5, 0.5, 1.0])
     draws = draw_independent(cumulative, 100_000, generator=torch.Generator().manual_seed(0))

@@ -87,7 +87,7 @@ def make_vae(settings: VAESettings) -> AutoencoderKL:
 
 
 def shuffled_images(source: ImageSource, settings: VAESettings, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless batches (B, 3, R, R) in [0, 1], each epoch in an order drawn at its start, without a smaller last batch."""
+    """Endless batches (B, 3, R, R) in [0, 1], each epoch in an order drawn at its start and without a rest."""
     batch_size = min(settings.train_batch_size, len(source))
     read = batch_reader(source, settings, images_to_read=settings.max_train_steps * batch_size)
     while True:
