@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -34,6 +35,7 @@ FORMAT_VERSION = 1
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 _TEMPORARY = ".tmp-checkpoint-"
+_REPLACED = f"{_TEMPORARY}replaced-"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -75,11 +77,15 @@ def save_checkpoint(
         OSError: The disk is full or not writable; checkpoints that were there are untouched.
     """
     weights = cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
-    moments = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
+    moments: dict[str, Any] = {"state": {}, "param_groups": []}
+    if optimizer.state:
+        # Asked before the first step, torch would take one to make moments.
+        moments = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
     averages = full_tensors(ema.state_dict())
     target = output_dir / f"checkpoint-{step}"
     if not is_main_process:
         return target
+    _put_back_replaced(output_dir)
     for leftover in output_dir.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover)
     temporary = output_dir / f"{_TEMPORARY}{step}"
@@ -102,9 +108,12 @@ def save_checkpoint(
             # safetensors makes files that only their owner reads, whatever the umask says.
             (temporary / name).chmod((temporary / STATE).stat().st_mode)
             _sync(temporary / name)
+        _sync(temporary)
         _replace_folder(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"Could not write {target}: {error}") from error
         raise
     return target
 
@@ -138,6 +147,10 @@ def load_checkpoint(
     for name, value in load_file(folder / OPTIMIZER).items():
         key, parameter = name.split("/", maxsplit=1)
         moments.setdefault(parameter, {})[key] = value
+    if not moments:
+        # Saved before the first step; torch would take one to make moments.
+        optimizer.state.clear()
+        return
     set_optimizer_state_dict(
         model,
         optimizer,
@@ -183,6 +196,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         if problem:
             raise InputError(f"resume_from_checkpoint={resume_from_checkpoint}: {problem}")
         return folder
+    _put_back_replaced(output_dir)
     for folder in list_checkpoints(output_dir):
         problem = _problem_of(folder)
         if problem is None:
@@ -247,11 +261,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _put_back_replaced(output_dir: Path) -> None:
+    """Undoes a replacement that was killed between its two renames."""
+    for aside in output_dir.glob(f"{_REPLACED}*"):
+        target = aside.with_name(aside.name.removeprefix(_REPLACED))
+        if not target.exists():
+            aside.rename(target)
+
+
 def _replace_folder(source: Path, target: Path) -> None:
     """Renames a folder over another one and makes the rename durable."""
     if target.exists():
         # A folder cannot be renamed over a full one; the old one goes only when the new one is complete on disk.
-        aside = target.with_name(f"{_TEMPORARY}replaced-{target.name}")
+        aside = target.with_name(f"{_REPLACED}{target.name}")
         target.rename(aside)
         source.rename(target)
         shutil.rmtree(aside)

@@ -1,7 +1,6 @@
 """Exponential moving average of a model's parameters in float32."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +57,3 @@ class ExponentialMovingAverage:
         """
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(state[name])
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Within the context the model's parameters hold the average; afterwards, whatever happened, their own."""
-        kept = [parameter.detach().clone() for parameter in self._parameters]
-        try:
-            self._copy_into_parameters(self._averages)
-            yield
-        finally:
-            self._copy_into_parameters(kept)
-
-    @torch.no_grad()
-    def _copy_into_parameters(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)

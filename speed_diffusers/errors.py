@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 MOST_LISTED = 20
-"""Longer lists of allowed names are left out of a message that has found the nearest one."""
+"""Longer lists of allowed names are cut, or left out of a message that has found the nearest one."""
 
 
 class InputError(ValueError):
@@ -25,6 +25,8 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     choices = sorted(allowed)
     nearest = get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    # A hundred names are no help beside the right one.
-    listed = "" if nearest and len(choices) > MOST_LISTED else f" Allowed: {', '.join(choices)}."
+    # A hundred names are no help beside the right one, and a thousand none at all.
+    listed = f" Allowed: {', '.join(choices)}."
+    if len(choices) > MOST_LISTED:
+        listed = "" if nearest else f" Allowed: {', '.join(choices[:MOST_LISTED])}, ... ({len(choices)} in all)."
     return InputError(f"Unknown {kind} '{name}'.{hint}{listed}")

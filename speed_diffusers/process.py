@@ -123,6 +123,9 @@ class SpeeDSettings:
         Raises:
             InputError: k below 1, tau outside [1, T], r not above 1, lambda_ outside [0.5, 1], or not finite.
         """
+        for name, value in (("speed_k", k), ("speed_tau", tau or 1), ("speed_r", r), ("speed_lambda", lambda_)):
+            if not isinstance(value, int | float):
+                raise InputError(f"{name}={value!r}: must be a number.")
         num_timesteps = process.num_train_timesteps
         if not (math.isfinite(k) and k >= 1):
             raise InputError(f"speed_k={k}: must be a finite number of at least 1 (1 draws all timesteps alike).")
@@ -132,7 +135,7 @@ class SpeeDSettings:
                 "so above 1 some would be negative."
             )
         if tau is not None:
-            if tau != int(tau) or not 1 <= tau <= num_timesteps:
+            if not math.isfinite(tau) or tau != int(tau) or not 1 <= tau <= num_timesteps:
                 raise InputError(f"speed_tau={tau}: must be a whole number in [1, {num_timesteps}], or None (from r).")
             return cls(k, int(tau), lambda_)
         if not (math.isfinite(r) and r > 1):

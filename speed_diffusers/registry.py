@@ -60,7 +60,7 @@ class Registry(Mapping[str, Entry[F]]):
         Raises:
             InputError: No such name; the message gives the nearest one and all allowed.
         """
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise unknown_name(self.kind, name, self._entries)
         return self._entries[name]
 

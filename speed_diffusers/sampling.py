@@ -91,11 +91,17 @@ def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[
     """
     if not wanted:
         return dict(list(row_names.items())[:10]) or {NULL_CLASS: "no class"}
+    # Whole names first, rows last: folders may be called "0", "1", "10", "2".
     rows: dict[str, int] = {}
     for row, name in row_names.items():
-        for spelling in (str(row), name, *(part.strip() for part in name.split(","))):
-            rows.setdefault(spelling, row)
+        rows.setdefault(name, row)
+    for row, name in row_names.items():
+        for part in name.split(","):
+            rows.setdefault(part.strip(), row)
+    names = list(rows)
+    for row in row_names:
+        rows.setdefault(str(row), row)
     for label in wanted:
         if label not in rows:
-            raise unknown_name("class label", label, row_names.values())
+            raise unknown_name("class label", label, names)
     return {rows[label]: row_names[rows[label]] for label in wanted}

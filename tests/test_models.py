@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from tiny_run import DIT
 from torch import Tensor
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
@@ -23,16 +24,7 @@ from speed_diffusers.models import (
 )
 from speed_diffusers.objective import denoising_loss
 
-SMALL = {
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "patch_size": 2,
-    "sample_size": 4,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_embeds_ada_norm": 1000,
-}
+SMALL = DIT | {"num_layers": 3}
 MILLIONS = {"S": 32.865056, "B": 130.315808, "L": 457.840672, "XL": 674.83472}
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -16,16 +17,7 @@ from speed_diffusers.draws import StepDraws
 from speed_diffusers.models import NULL_CLASS, build_dit
 from speed_diffusers.objective import denoising_loss, drop_labels, prediction_target
 
-DIT = {
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "patch_size": 2,
-    "sample_size": 4,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_embeds_ada_norm": 1000,
-}
+DIT = tiny_run.DIT | {"num_layers": 3}
 BATCH = 6
 
 

@@ -159,6 +159,8 @@ def test_process_that_starts_settled_keeps_one_step_before_tau() -> None:
         ({"tau": 0}, r"speed_tau=0: must be a whole number in \[1, 1000\]"),
         ({"tau": 1001}, r"speed_tau=1001: .*\[1, 1000\]"),
         ({"tau": 7.5}, "speed_tau=7.5: must be a whole number"),
+        ({"tau": float("nan")}, "speed_tau=nan: must be a whole number"),
+        ({"tau": float("inf")}, "speed_tau=inf: must be a whole number"),
         ({"r": 1.0}, "speed_r=1.0: must be a finite number above 1"),
         ({"r": float("nan")}, "speed_r=nan: "),
         ({"r": float("inf")}, "speed_r=inf: "),

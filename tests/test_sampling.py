@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
+from tiny_run import DIT
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
 from speed_diffusers.export import inference_pipeline
@@ -19,17 +20,7 @@ NAMES = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "crane", 
 @pytest.fixture(scope="module")
 def pipeline(tiny_vae: Path) -> DiTPipeline:
     generator = torch.Generator().manual_seed(0)
-    config = {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "patch_size": 2,
-        "sample_size": 4,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_embeds_ada_norm": 1000,
-    }
-    model = build_dit(config, generator)
+    model = build_dit(DIT, generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDIMScheduler, DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_diffusers.checkpoints import list_checkpoints
 from speed_diffusers.errors import InputError
@@ -96,6 +98,15 @@ def test_resume_in_the_middle_is_exact(tiny_options: list[str], tmp_path: Path, 
     assert (broken / "pipeline" / "model_index.json").exists()
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_learning_rate_is_a_function_of_the_optimizer_step(tiny_options: list[str], accumulation: int) -> None:
+    schedule = ["lr_scheduler=linear", "learning_rate=0.01", f"gradient_accumulation_steps={accumulation}"]
+    main(tiny_options + schedule)
+    rates = [line["learning_rate"] for line in metrics(run_folder(tiny_options))]
+    # Two steps of warm-up, then to zero at step 12; logged is the rate of the step to come.
+    assert rates == pytest.approx([0.005, *(0.01 * (12 - step) / 10 for step in range(2, 13))])
+
+
 def test_another_split_of_the_global_batch_resumes_with_more_accumulation(tiny_options: list[str]) -> None:
     main(tiny_options)
     folder = run_folder(tiny_options)
@@ -167,6 +178,34 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "convergence [700, 1000) 7.9%" in printed and "12 of 4 images" in printed
     assert not run_folder(tiny_options).exists()
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts how often the host asks a tensor for a number: each would make a GPU finish all its work first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_that_do_not_log_ask_the_device_for_nothing(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [
+        part for part in tiny_options if not part.startswith(("logging", "max_train", "output", "checkpointing"))
+    ]
+    counts = []
+    for steps in (4, 4, 14):  # the first run also fills the cache of latents
+        AcceleratorState._reset_state()
+        run = [f"max_train_steps={steps}", f"output_dir={tmp_path / f'{len(counts)}'}", "logging_steps=100"]
+        with ScalarReads() as reads:
+            main([*options, *run, "checkpointing_steps=None"])
+        counts.append(reads.count)
+    # Ten more steps, one log all the same.
+    assert counts[1] > 0
+    assert counts[2] == counts[1]
 
 
 def test_gradients_that_are_not_finite_stop_the_run_before_they_are_applied(tiny_options: list[str]) -> None:

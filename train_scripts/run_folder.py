@@ -4,16 +4,15 @@ import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
 
 from speed_diffusers.checkpoints import find_checkpoint, list_checkpoints, read_state
 from speed_diffusers.config import config_dict, save_config
 from speed_diffusers.data.images import ImageSource
 from speed_diffusers.errors import InputError
 from speed_diffusers.train_config import TrainConfig
-
-if TYPE_CHECKING:
-    from training_setup import Inputs
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -123,9 +122,8 @@ def check_resumed_config(config: TrainConfig, source: ImageSource, checkpoint: P
         )
 
 
-def open_output_dir(inputs: "Inputs", first_step: int) -> None:
+def open_output_dir(config: TrainConfig, accelerator: Accelerator, first_step: int) -> None:
     """Makes the folder and saves the resolved configuration in it."""
-    config, accelerator = inputs.config, inputs.accelerator
     folder = Path(config.output_dir)
     if accelerator.is_main_process:
         if config.overwrite_output_dir and first_step == 0:

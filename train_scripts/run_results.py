@@ -1,8 +1,11 @@
 """What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from accelerate import DistributedType
 
 import speed_diffusers
 from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from diffusers import DiTPipeline
 
     from training_setup import Inputs, TrainingRun
+
+
+logger = logging.getLogger(__name__)
 
 
 def describe_plan(inputs: "Inputs") -> str:
@@ -55,6 +61,9 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
 
 def save_state(run: "TrainingRun", step: int) -> None:
     """Saves a checkpoint, then deletes those beyond the limit."""
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        logger.warning("No checkpoint at step %d: DeepSpeed's sharded optimizer is not saved here.", step)
+        return
     save_checkpoint(
         run.output_dir,
         step=step,

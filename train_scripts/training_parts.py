@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL
 
@@ -99,6 +99,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if config.resume_from_checkpoint is not None:
+            raise InputError("resume_from_checkpoint: DeepSpeed's sharded optimizer is not saved here.")
+        # DeepSpeed wants to know it and would read it off a loader that accelerate prepared; ours is not prepared.
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(

@@ -174,7 +174,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
         generator=torch.Generator(),
     )
-    open_output_dir(inputs, first_step)
+    open_output_dir(config, accelerator, first_step)
     return TrainingRun(
         config=config,
         accelerator=accelerator,

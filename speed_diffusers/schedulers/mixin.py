@@ -35,9 +35,13 @@ class SpeeDSchedulerMixin:
     """Adds asymmetric timestep sampling and change-aware loss weights to a scheduler (SpeeD, arXiv 2405.17403).
 
     Put it before a diffusers scheduler in the bases of a class whose `__init__` spells out every parameter of that
-    scheduler plus the seven here (diffusers reads config keys off the signature, so `**kwargs` would lose them), is
+    scheduler plus the six here (diffusers reads config keys off the signature, so `**kwargs` would lose them), is
     decorated with `register_to_config`, and ends with `self.speed_tables`, which checks the values. Sampling is left
     to the host: `step`, `add_noise` and `set_timesteps` are untouched.
+
+    Take a host whose `add_noise` is fit for training as it stands, such as DDPM, DDIM or PNDM: that of a fresh
+    DPMSolver, DEIS or UniPC noises the wrong way round until `set_timesteps`, and that of Euler, LMS or Heun does not
+    scale the signal.
 
     Config keys, all JSON scalars: `speed_sampling` (a name in `DENSITIES`), `speed_weighting` (a name in
     `WEIGHTINGS`), `speed_k` (at least 1), `speed_tau` (in [1, T]; None: from `speed_r`), `speed_r` (above 1),
