@@ -99,6 +99,18 @@ def test_other_errors_keep_their_traceback(script):
     assert result.stderr.startswith("Traceback") and result.stderr.endswith("ZeroDivisionError: a bug\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "run"), "error: OSError: [Errno 28] No space left on device: 'run'\n"),
+        (FloatingPointError("the gradients\nof step 3"), "error: FloatingPointError: the gradients of step 3\n"),
+    ],
+)
+def test_a_full_disk_and_a_diverged_run_are_one_line_and_exit_code_1(monkeypatch, capsys, error, line):
+    assert ending(monkeypatch, error) == 1
+    assert capsys.readouterr().err == line
+
+
 def test_success_exits_with_0(monkeypatch, capsys):
     assert ending(monkeypatch, None, "steps=3") == 0
     assert capsys.readouterr() == ("", "")

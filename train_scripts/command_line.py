@@ -20,10 +20,10 @@ SECONDS_FOR_RANK_0 = 20.0
 def run_script(
     main: Callable[[list[str]], None], doc: str | None = None, schema: "type[DataclassInstance] | None" = None
 ) -> NoReturn:
-    """Runs a script's `main` on the command line and exits: 0 done, 2 wrong input, 130 interrupted.
+    """Runs a script's `main` on the command line and exits: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
-    Wrong input is one line on stderr, `error: ...`, from one process only. Any other exception keeps its traceback
-    (exit code 1).
+    Wrong input is one line on stderr, `error: ...`, from one process only. Gradients that are not finite and errors of
+    the operating system are one line too, with exit code 1; any other exception keeps its traceback.
 
     Args:
         main: Takes the command line without the program's name; raises `InputError` for wrong input.
@@ -41,6 +41,10 @@ def run_script(
         _wait_for_rank_0()
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        # A diverged run or a full disk: no fault of the code, so no traceback, but not of the command line either.
+        print(f"error: {type(error).__name__}:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         if _rank() == "0":
             print("error: interrupted", file=sys.stderr)

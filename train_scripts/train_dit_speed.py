@@ -101,6 +101,7 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
                 return stopped_by
         with log.paused():
             if is_end or (config.checkpointing_steps and done % config.checkpointing_steps == 0):
+                log.stop_if_not_finite()
                 save_state(run, done)
             if config.validation_steps and done % config.validation_steps == 0:
                 save_validation_grid(run, done)
@@ -145,14 +146,8 @@ class StepLog:
     def write(self, done: int, grad_norm: torch.Tensor) -> None:
         """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
         run = self.run
+        self.stop_if_not_finite()
         loss, squared_error = run.accelerator.reduce(self.sums / self.micro_steps, reduction="mean").tolist()
-        failed_step = run.guard.failed_step()
-        if failed_step is not None:
-            self.close()
-            raise FloatingPointError(
-                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
-                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
-            )
         images_seen = done * run.layout.global_batch
         seconds = time.perf_counter() - self.began
         values = {
@@ -168,6 +163,20 @@ class StepLog:
         run.accelerator.log(values, step=done)
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._start_again()
+
+    def stop_if_not_finite(self) -> None:
+        """Ends a run whose gradients were not finite, before anything of it is saved.
+
+        Raises:
+            FloatingPointError: With the step.
+        """
+        failed_step = self.run.guard.failed_step()
+        if failed_step is not None:
+            self.close()
+            raise FloatingPointError(
+                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
+                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
