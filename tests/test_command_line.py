@@ -149,9 +149,9 @@ def test_an_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
     [
         ({}, []),
         ({"RANK": "0", "LOCAL_RANK": "0"}, []),
-        ({"RANK": "1", "LOCAL_RANK": "1"}, [4.0]),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, [3.0]),
-        ({"LOCAL_RANK": "2"}, [5.0]),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, [command_line.SECONDS_FOR_RANK_0 + 1]),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, [command_line.SECONDS_FOR_RANK_0]),
+        ({"LOCAL_RANK": "2"}, [command_line.SECONDS_FOR_RANK_0 + 2]),
     ],
 )
 def test_other_ranks_leave_the_error_to_rank_0_for_a_while(monkeypatch, capsys, environment, waits):
