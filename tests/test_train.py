@@ -79,9 +79,9 @@ def test_a_run_leaves_pipeline_samples_metrics_and_config(tiny_options: list[str
     [
         [],
         ["gradient_accumulation_steps=2", "random_flip=true", "lr_scheduler=linear"],
-        ["cache_latents=false", "random_flip=true", "speed_sampling=uniform", "speed_weighting=none"],
+        ["cache_latents=false", "random_flip=true", "dataloader_num_workers=2", "speed_sampling=uniform"],
     ],
-    ids=["plain", "accumulation and flips", "images and uniform"],
+    ids=["plain", "accumulation and flips", "images from workers"],
 )
 def test_resume_in_the_middle_is_exact(tiny_options: list[str], tmp_path: Path, extra: list[str]) -> None:
     main(tiny_options + extra)
