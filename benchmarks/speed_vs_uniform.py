@@ -100,7 +100,7 @@ def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
 def report(config: BenchmarkConfig) -> str:
     """The table, also written beside the results with a picture."""
     lines = [
-        "| seed | SpeeD: distance | uniform: distance | uniform / SpeeD | SpeeD: class agreement | uniform |",
+        "| seed | SpeeD: distance | uniform: distance | uniform / SpeeD | SpeeD: agreement | uniform: agreement |",
         "|---|---|---|---|---|---|",
     ]
     distances = []

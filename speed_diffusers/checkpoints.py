@@ -4,11 +4,8 @@ A checkpoint holds full tensors, whatever the run was sharded over, so it resume
 no generator or loader state in it: draws and data order are functions of the step. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +23,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .checkpoint_folders import (
+    EMA,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    TEMPORARY,
+    digest,
+    put_back_replaced,
+    replace_folder,
+    sync,
+)
 from .ema import ExponentialMovingAverage
 from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
-STATE, MANIFEST = "state.json", "manifest.json"
-_TEMPORARY = ".tmp-checkpoint-"
-_REPLACED = f"{_TEMPORARY}replaced-"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -85,10 +90,10 @@ def save_checkpoint(
     target = output_dir / f"checkpoint-{step}"
     if not is_main_process:
         return target
-    _put_back_replaced(output_dir)
-    for leftover in output_dir.glob(f"{_TEMPORARY}*"):
+    put_back_replaced(output_dir)
+    for leftover in output_dir.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
-    temporary = output_dir / f"{_TEMPORARY}{step}"
+    temporary = output_dir / f"{TEMPORARY}{step}"
     temporary.mkdir(parents=True)
     try:
         save_file(_contiguous(weights), temporary / MODEL)
@@ -102,14 +107,14 @@ def save_checkpoint(
         }
         (temporary / STATE).write_text(json.dumps(document, indent=1))
         names = (MODEL, EMA, OPTIMIZER, STATE)
-        manifest = {name: _digest(temporary / name) for name in names}
+        manifest = {name: digest(temporary / name) for name in names}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*names, MANIFEST):
             # safetensors makes files that only their owner reads, whatever the umask says.
             (temporary / name).chmod((temporary / STATE).stat().st_mode)
-            _sync(temporary / name)
-        _sync(temporary)
-        _replace_folder(temporary, target)
+            sync(temporary / name)
+        sync(temporary)
+        replace_folder(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):
@@ -127,6 +132,8 @@ def load_checkpoint(
 ) -> None:
     """Puts the tensors of a verified checkpoint back into model, average and optimizer.
 
+    The optimizer's betas, epsilon and weight decay stay as they are: whether they may have changed is for the caller.
+
     Args:
         folder: From `find_checkpoint`.
         model: The model without its data-parallel wrapper.
@@ -137,6 +144,7 @@ def load_checkpoint(
         InputError: The checkpoint is of another model.
     """
     document = read_state(folder)
+    groups = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
     try:
         weights = cast(dict[str, Any], load_file(folder / MODEL))
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
@@ -157,6 +165,8 @@ def load_checkpoint(
         optim_state_dict={"state": moments, "param_groups": document["param_groups"]},
         options=StateDictOptions(full_state_dict=True),
     )
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update(values)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -171,112 +181,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     return document
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, newest first; not yet verified."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=_step_of, reverse=True)
-
-
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to go on from, its files checked against their hashes.
-
-    Args:
-        output_dir: Folder of the run.
-        resume_from_checkpoint: "latest" (the newest whole one, passing over damaged ones with a warning) or a folder.
-
-    Returns:
-        The folder, or None if "latest" finds no whole checkpoint.
-
-    Raises:
-        InputError: The named folder is missing or damaged.
-    """
-    if resume_from_checkpoint != "latest":
-        folder = Path(resume_from_checkpoint)
-        problem = _problem_of(folder)
-        if problem:
-            raise InputError(f"resume_from_checkpoint={resume_from_checkpoint}: {problem}")
-        return folder
-    _put_back_replaced(output_dir)
-    for folder in list_checkpoints(output_dir):
-        problem = _problem_of(folder)
-        if problem is None:
-            return folder
-        logger.warning("Passing over a damaged checkpoint: %s", problem)
-    return None
-
-
-def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
-    """Deletes the oldest checkpoints beyond `total_limit`; the newest always stays."""
-    if total_limit is None:
-        return
-    for folder in list_checkpoints(output_dir)[max(total_limit, 1) :]:
-        try:
-            # Out of the way first: a deletion that is cut short must not leave half a checkpoint under a good name.
-            doomed = folder.with_name(f"{_TEMPORARY}old-{_step_of(folder)}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            logger.warning("Could not delete the old checkpoint %s: %s", folder, error)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
 def _flat_moments(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{key}/{name}": value for name, values in state.items() for key, value in values.items()}
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _problem_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words, or None."""
-    if not folder.is_dir():
-        return f"{folder} is not a folder."
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (MODEL, EMA, OPTIMIZER, STATE):
-            path = folder / name
-            if not path.is_file():
-                return f"{path} is missing."
-            if _digest(path) != manifest[name]:
-                return f"{path} is damaged: it does not match the hash it was saved with."
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder / MANIFEST} is missing or damaged ({type(error).__name__})."
-    return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_back_replaced(output_dir: Path) -> None:
-    """Undoes a replacement that was killed between its two renames."""
-    for aside in output_dir.glob(f"{_REPLACED}*"):
-        target = aside.with_name(aside.name.removeprefix(_REPLACED))
-        if not target.exists():
-            aside.rename(target)
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Renames a folder over another one and makes the rename durable."""
-    if target.exists():
-        # A folder cannot be renamed over a full one; the old one goes only when the new one is complete on disk.
-        aside = target.with_name(f"{_REPLACED}{target.name}")
-        target.rename(aside)
-        source.rename(target)
-        shutil.rmtree(aside)
-    else:
-        source.rename(target)
-    _sync(target.parent)

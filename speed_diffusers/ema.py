@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 MAX_DECAY = 0.9999
 """DiT's decay, and the most that `fitted_decay` gives."""
@@ -50,10 +51,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies averages in.
+        """Copies whole averages in, spread as the model's parameters are.
 
         Raises:
             KeyError: A parameter has no average in `state`.
         """
         for name, average in zip(self._names, self._averages, strict=True):
-            average.copy_(state[name])
+            value = state[name]
+            if isinstance(average, DTensor):
+                value = distribute_tensor(value.to(average.device), average.device_mesh, average.placements)
+            average.copy_(value)

@@ -64,7 +64,9 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
         for weights in temporary.rglob("*.safetensors"):
             # safetensors makes files that only their owner reads, whatever the umask says.
             weights.chmod((temporary / SIDECAR).stat().st_mode)
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
     finally:

@@ -4,53 +4,77 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 
+from .embedded import EMBEDDED, EMBEDDED_PIPELINE
 from .errors import InputError
-
-EMBEDDED = "embedded"
-"""The name of what the package ships."""
-
-EMBEDDED_PIPELINE = Path(__file__).parent / "assets" / "fashion_mnist" / "pipeline"
 
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
 
 def load_pipeline(name: str, *, revision: str | None = None) -> DiTPipeline:
-    """A stock pipeline by name.
+    """A stock pipeline by name, in float32.
 
     Args:
         name: "embedded", the folder of a run (its `pipeline/` is taken) or of a pipeline, or a Hub id.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        InputError: Nothing of this name can be loaded.
+        InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
     folder = _pipeline_folder(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(f"model={name}: the folder holds no pipeline (no model_index.json, no pipeline/ in it).")
+    # diffusers warns that the keys of id2label are text, which in JSON all keys are.
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    place = str(folder) if folder.exists() else name
     try:
-        return DiTPipeline.from_pretrained(str(folder) if folder.exists() else name, revision=revision)
+        DiTPipeline.load_config(place, revision=revision)
+        return DiTPipeline.from_pretrained(
+            place,
+            revision=revision,
+            # Loaded here, because a pipeline would fill weights that its files lack with random numbers.
+            transformer=load_transformer(name, revision=revision),
+            vae=load_vae(name, revision=revision),
+        )
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise _not_loaded("pipeline", name, error) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:
-    """An autoencoder by name: "embedded", a folder of its own, a run or pipeline folder, or a Hub id.
+    """An autoencoder by name, in float32: "embedded", a folder of its own, a run or pipeline folder, or a Hub id.
 
     Raises:
-        InputError: Nothing of this name can be loaded.
+        InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
     return cast(AutoencoderKL, _load_model(AutoencoderKL, "vae", name, revision))
 
 
 def load_transformer(name: str, *, revision: str | None = None) -> DiTTransformer2DModel:
-    """A transformer by name: "embedded", a folder of its own, a run or pipeline folder, or a Hub id of a pipeline.
+    """A transformer by name, in float32: "embedded", a folder of its own, a run or pipeline folder, or a Hub id.
 
     Raises:
-        InputError: Nothing of this name can be loaded.
+        InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
     return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision))
+
+
+def prediction_type_of(name: str, *, revision: str | None = None) -> str | None:
+    """What the network of a pipeline predicts, or None if `name` is a model without a scheduler."""
+    folder = _pipeline_folder(name)
+    try:
+        config = DDIMScheduler.load_config(
+            str(folder) if folder.exists() else name, subfolder="scheduler", revision=revision
+        )
+    except OSError:
+        return None
+    return str(config.get("prediction_type", "epsilon"))
 
 
 def _pipeline_folder(name: str) -> Path:
@@ -60,30 +84,34 @@ def _pipeline_folder(name: str) -> Path:
     return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
 
 
-def _load_model(model_class: type[M], component: str, name: str, revision: str | None) -> M:
+def _load_model(model_class: type[M], component: str, name: str, revision: str | None) -> Any:
     folder = _pipeline_folder(name)
     places = [folder / component, folder]
     local = next((place for place in places if (place / "config.json").is_file()), None)
+    if local is None and folder.exists():
+        raise InputError(f"The folder {name} holds no {component} (no config.json in it or in {component}/).")
+    options: dict[str, Any] = {"output_loading_info": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         if local is not None:
-            model = model_class.from_pretrained(str(local), low_cpu_mem_usage=False)
-        elif folder.exists():
-            raise InputError(f"The folder {name} holds no {component} (no config.json in it or in {component}/).")
+            model, info = cast(tuple[Any, Any], model_class.from_pretrained(str(local), **options))
         else:
-            model = _load_from_hub(model_class, component, name, revision)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+            model, info = _load_from_hub(model_class, component, name, options | {"revision": revision})
+    except (OSError, ValueError, RuntimeError) as error:
         raise _not_loaded(component, name, error) from error
-    return cast(M, cast(Any, model).to(torch.float32))
+    if info["missing_keys"]:
+        raise InputError(
+            f"The {component} '{name}' lacks {len(info['missing_keys'])} of its weights, such as "
+            f"{info['missing_keys'][0]}: its files do not fit its config.json."
+        )
+    return model
 
 
-def _load_from_hub(model_class: type[M], component: str, name: str, revision: str | None) -> M:
+def _load_from_hub(model_class: type[M], component: str, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """A repository holds either one model or a pipeline with the model in a sub-folder."""
     try:
-        return model_class.from_pretrained(name, revision=revision)
+        return cast(tuple[Any, Any], model_class.from_pretrained(name, **options))
     except OSError:
-        return model_class.from_pretrained(name, subfolder=component, revision=revision)
+        return cast(tuple[Any, Any], model_class.from_pretrained(name, subfolder=component, **options))
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> InputError:

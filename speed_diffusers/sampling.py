@@ -70,7 +70,7 @@ def class_samples(
 
 
 def row_names_of(pipeline: DiTPipeline) -> dict[int, str]:
-    """Rows of a pipeline's label table with their names; empty if it has none."""
+    """Rows of a pipeline's label table with their names; empty if it names none."""
     names: dict[int, str] = {}
     for name, row in sorted(pipeline.labels.items(), key=lambda item: item[1]):
         # One class may have several names, which diffusers has taken apart at their commas.
@@ -84,13 +84,15 @@ def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[
     Args:
         wanted: Names (whole, or one of several that commas separate) or rows; empty: the first ten classes, or "no
             class" where there are none.
-        row_names: Name of each row; empty where the model has no named classes.
+        row_names: Name of each row; empty where the model names no classes: rows are taken as they are then.
 
     Raises:
         InputError: A name or row that is not among the classes.
     """
     if not wanted:
         return dict(list(row_names.items())[:10]) or {NULL_CLASS: "no class"}
+    if not row_names and all(label.isdecimal() for label in wanted):
+        return {int(label): label for label in wanted}
     # Whole names first, rows last: folders may be called "0", "1", "10", "2".
     rows: dict[str, int] = {}
     for row, name in row_names.items():

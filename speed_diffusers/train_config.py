@@ -8,9 +8,6 @@ from .objective import PREDICTION_TYPES
 from .timesteps import DENSITIES
 from .weightings import WEIGHTINGS
 
-EMBEDDED = "embedded"
-"""Value of `dataset_name` and `pretrained_vae_model_name_or_path` that means what the package ships."""
-
 
 def option(default: Any, help: str, *, choices: Any = None, free: bool = False) -> Any:
     """A dataclass field with its help text.
@@ -36,11 +33,11 @@ class TrainConfig:
     dataset_config_name: str | None = option(None, "Configuration of the dataset, if it has several.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset on the Hub.")
     dataset_split: str = option("train", "Split to train on.")
-    train_data_dir: str | None = option(None, "Folder with a sub-folder of images a class, or parquet files, or one.")
+    train_data_dir: str | None = option(None, "Sub-folders of images a class, or parquet files.", free=True)
     image_column: str = option("image", "Column that holds the images.")
     label_column: str | None = option("label", "Column that holds the classes; None trains without classes.")
     max_train_samples: int | None = option(None, "Train on the first so many images only.")
-    cache_dir: str | None = option(None, "Where downloads and cached latents go; None: the datasets library's cache.")
+    cache_dir: str | None = option(None, "Of downloads and cached latents; None: that of datasets.", free=True)
     resolution: int = option(256, "Side of the square training images, in pixels.")
     center_crop: bool = option(True, "Crop the centre square; false squeezes the whole image into a square.")
     random_flip: bool = option(False, "Mirror half of the images left to right.")

@@ -2,16 +2,19 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-# Before any import that reads them: caches in a folder of the test run, no telemetry, no Hub.
+# Before any import that reads them: caches in a folder of this process, no telemetry, no Hub.
+CACHES = tempfile.TemporaryDirectory(prefix="speed_diffusers_tests_")
+os.environ["HF_DATASETS_CACHE"] = CACHES.name
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_SCRIPTS = ROOT / "train_scripts"

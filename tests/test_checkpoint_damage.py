@@ -13,7 +13,7 @@ import pytest
 from tiny_run import light_run, saved_steps
 
 from speed_diffusers import InputError
-from speed_diffusers.checkpoints import find_checkpoint, list_checkpoints
+from speed_diffusers.checkpoint_folders import find_checkpoint, list_checkpoints
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

@@ -9,13 +9,13 @@ from tiny_run import Run, light_run, saved_steps
 from torch import Tensor, nn
 
 from speed_diffusers import InputError
-from speed_diffusers.checkpoints import (
+from speed_diffusers.checkpoint_folders import (
     find_checkpoint,
     list_checkpoints,
     prune_checkpoints,
-    read_state,
-    save_checkpoint,
+    set_aside_later_checkpoints,
 )
+from speed_diffusers.checkpoints import read_state, save_checkpoint
 
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
@@ -139,7 +139,28 @@ def test_pruning_keeps_the_newest(tmp_path: Path, limit: int | None, kept: list[
     saved_steps(tmp_path, 9, 100, 20)
     (tmp_path / "checkpoint-abc").mkdir()
     (tmp_path / "pipeline").mkdir()
-    prune_checkpoints(tmp_path, limit)
+    prune_checkpoints(tmp_path, limit, keep=100)
     assert sorted(int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)) == kept
     assert {"checkpoint-abc", "pipeline"} < {path.name for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == len(kept) + 2
+
+
+def test_pruning_never_deletes_what_was_just_saved(tmp_path: Path) -> None:
+    saved_steps(tmp_path, 7, 10, 12)
+    prune_checkpoints(tmp_path, 1, keep=7)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-7"]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    saved_steps(tmp_path, 5, 10, 12)
+    set_aside_later_checkpoints(tmp_path, 5)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.glob("*.abandoned")) == [
+        "checkpoint-10.abandoned",
+        "checkpoint-12.abandoned",
+    ]
+
+
+def test_a_checkpoint_is_found_by_its_name_in_the_run(tmp_path: Path) -> None:
+    saved_steps(tmp_path, 5)
+    assert find_checkpoint(tmp_path, "checkpoint-5") == tmp_path / "checkpoint-5"

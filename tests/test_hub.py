@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 
+from speed_diffusers.embedded import EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
-from speed_diffusers.hub import EMBEDDED_PIPELINE, load_pipeline, load_transformer, load_vae
+from speed_diffusers.hub import load_pipeline, load_transformer, load_vae
 
 
 def test_the_shipped_pipeline_is_stock_and_knows_its_garments() -> None:

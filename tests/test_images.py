@@ -353,3 +353,12 @@ def test_damaged_image_in_a_batch_is_named_by_its_row() -> None:
     source = from_dataset(datasets.Dataset.from_dict({"image": rows}, features=features), label_column=None)
     with pytest.raises(InputError, match="Cannot read the image of row 3"):
         ImageDataset(source, resolution=8).__getitems__([0, 3])
+
+
+def test_class_ids_beyond_the_names_are_one_line() -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = pa.table(
+        {"image": pa.array([None] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()})), "label": [0, 7]}
+    )
+    with pytest.raises(InputError, match="goes up to 7, but names only 2 classes"):
+        from_dataset(datasets.Dataset(datasets.table.InMemoryTable(table).cast(features.arrow_schema)))

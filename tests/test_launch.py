@@ -48,6 +48,24 @@ def test_the_first_command_trains_and_saves(tmp_path: Path, cache_dir: Path) -> 
         assert (tmp_path / "run" / name).is_file()
 
 
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*address):
+    sys.exit(f"the network was asked for {address}")
+socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "train_scripts")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_default_never_asks_the_network(tmp_path: Path) -> None:
+    run = [f"output_dir={tmp_path / 'run'}", "max_train_steps=1", "num_inference_steps=1", "num_validation_images=1"]
+    caches = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    result = launch([sys.executable, "-c", OFFLINE, TRAIN, *run], **caches)
+    assert result.returncode == 0, result.stderr
+
+
 def test_wrong_input_from_inside_train_scripts_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = launch(

@@ -72,6 +72,9 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
             "no-checkpoint: no-checkpoint is not a folder",
         ),
         ("beta_schedule=cosine", "Unknown beta_schedule 'cosine'.*Allowed"),
+        ("beta_end=2", "beta_end=2.0: must be in order, and beta_end below 1"),
+        ("beta_start=0.5", "beta_start=0.5 beta_end=0.02: must be in order"),
+        ("lr_scheduler=constant", "lr_warmup_steps=2: lr_scheduler=constant has none"),
     ],
     ids=lambda value: value if "=" in str(value) and " " not in str(value) else "",
 )
@@ -81,6 +84,11 @@ def test_one_line_and_nothing_written(tiny_options: list[str], tmp_path: Path, w
     if key == "dataset_name":
         options = [option for option in tiny_options if not option.startswith("dataset_name=")]
     fails([*options, wrong], message, tmp_path / "run")
+
+
+def test_fine_tuning_keeps_what_the_model_predicts(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, "pretrained_model_name_or_path=embedded", "prediction_type=epsilon"]
+    fails(options, "prediction_type=epsilon, but embedded was trained with v_prediction", tmp_path / "run")
 
 
 def test_output_folder_that_is_a_file_or_cannot_be_written(tiny_options: list[str], tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """The images that the scripts for the VAE, the classifier and the reference statistics read, and batches of them."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -54,15 +52,6 @@ def require_at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if value < minimum:
             raise InputError(f"{name}={value}, but must be at least {minimum}.")
-
-
-def require_writable(folder: str) -> None:
-    """Raises `InputError` if `folder` is a file, or neither it nor what it would be made in can be written."""
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        reason = "not writable" if existing.is_dir() else "a file"
-        raise InputError(f"output_dir={folder}: {existing} is {reason}.")
 
 
 def open_training_images(settings: ImageSettings, *, max_train_samples: int | None = None) -> ImageSource:

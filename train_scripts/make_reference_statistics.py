@@ -24,8 +24,8 @@ from image_batches import (
     open_training_images,
     open_validation_images,
     require_at_least,
-    require_writable,
 )
+from run_folder import check_writable
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError
@@ -57,7 +57,7 @@ class ReferenceSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_writable(self.output_dir)
+        check_writable("output_dir", Path(self.output_dir))
         require_at_least(2, floor_images=self.floor_images)
         if self.validation_data_dir is None and self.validation_split is None:
             raise InputError("Give the held-out images: validation_data_dir=... or validation_split=...")

@@ -1,8 +1,7 @@
 """Puts the transformer of a run, in half precision, beside the shipped autoencoder, and scores it.
 
-    python train_scripts/train_dit_speed.py dataset_name=None train_data_dir=fashion_mnist_train.parquet \
-        max_train_steps=9000 output_dir=runs/shipped
-    python train_scripts/make_shipped_checkpoint.py run=runs/shipped
+accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_scripts/train_dit_speed.py
+python train_scripts/make_shipped_checkpoint.py run=runs/quickstart
 """
 
 import json
@@ -14,9 +13,10 @@ import torch
 from command_line import run_script
 from speed_diffusers.config import load_config
 from speed_diffusers.data.moments import vae_fingerprint
+from speed_diffusers.embedded import EMBEDDED, EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
 from speed_diffusers.export import SIDECAR, forget_paths
-from speed_diffusers.hub import EMBEDDED, EMBEDDED_PIPELINE, load_pipeline, load_vae
+from speed_diffusers.hub import load_pipeline, load_vae
 from speed_diffusers.metrics.score import score_pipeline
 from speed_diffusers.sampling import row_names_of
 from speed_diffusers.train_config import option
@@ -28,7 +28,7 @@ QUALITY_FILE = "quality.json"
 class ShippedCheckpointConfig:
     """Options of `make_shipped_checkpoint.py`."""
 
-    run: str = option("runs/shipped", "Run, or pipeline folder, to take the transformer from.")
+    run: str = option("runs/quickstart", "Run, or pipeline folder, to take the transformer from.")
     output_dir: str = option(str(EMBEDDED_PIPELINE), "Pipeline folder that holds the autoencoder already.")
     num_images: int = option(2000, "Generated images of the score.")
 

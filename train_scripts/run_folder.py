@@ -2,15 +2,15 @@
 
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
-from speed_diffusers.checkpoints import find_checkpoint, list_checkpoints, read_state
+from speed_diffusers.checkpoint_folders import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
+from speed_diffusers.checkpoints import read_state
 from speed_diffusers.config import config_dict, save_config
-from speed_diffusers.data.images import ImageSource
 from speed_diffusers.errors import InputError
 from speed_diffusers.train_config import TrainConfig
 
@@ -18,8 +18,11 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
 PIPELINE_FOLDER = "pipeline"
+LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
 LOGGING_FOLDER = "logs"
+POLYNOMIAL_END = 1e-7
+"""Where diffusers' polynomial schedule ends; it must begin above."""
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -62,6 +65,16 @@ def check_numbers(config: TrainConfig) -> None:
             raise InputError(f"{name}={value}: must lie in [0, 1).")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"seed={config.seed}: must lie in [0, 2^63).")
+    if not config.beta_start <= config.beta_end < 1:
+        raise InputError(
+            f"beta_start={config.beta_start} beta_end={config.beta_end}: must be in order, and beta_end below 1."
+        )
+    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
+        raise InputError(
+            f"lr_warmup_steps={config.lr_warmup_steps}: lr_scheduler=constant has none; take constant_with_warmup."
+        )
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        raise InputError(f"learning_rate={config.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
     if config.num_inference_steps > config.num_train_timesteps:
         raise InputError(
             f"num_inference_steps={config.num_inference_steps}: at most "
@@ -79,42 +92,59 @@ def check_output_dir(config: TrainConfig) -> Path | None:
         InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good.
     """
     folder = Path(config.output_dir)
+    check_writable("output_dir", folder)
+    checkpoint, goes_on = None, config.resume_from_checkpoint == "latest"
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+        goes_on = goes_on or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve())
+    if (folder / CONFIG_FILE).exists() and not (goes_on or config.overwrite_output_dir or config.dry_run):
+        raise InputError(
+            f"output_dir={folder} holds a run already: go on with resume_from_checkpoint=latest, take another "
+            "output_dir, or delete that run with overwrite_output_dir=true."
+        )
+    return checkpoint
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Makes sure that a folder can be written to, or made.
+
+    Args:
+        name: The option that names it, for the message.
+        folder: The folder; it need not exist yet, and is not made.
+
+    Raises:
+        InputError: It, or what it would be made in, is a file or cannot be written.
+    """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise InputError(f"output_dir={folder}: {existing} is a file.")
+        raise InputError(f"{name}={folder}: {existing} is a file.")
     try:
         # Asked by doing: permission bits do not tell what root, a read-only mount or a full quota allow.
         with tempfile.TemporaryDirectory(prefix=".tmp-writable-", dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"output_dir={folder}: {existing} is not writable ({error.strerror}).") from error
-    if config.resume_from_checkpoint is not None:
-        return find_checkpoint(folder, config.resume_from_checkpoint)
-    if (folder / CONFIG_FILE).exists() and not (config.overwrite_output_dir or config.dry_run):
-        raise InputError(
-            f"output_dir={folder} holds a run already: go on with resume_from_checkpoint=latest, take another "
-            "output_dir, or delete that run with overwrite_output_dir=true."
-        )
-    return None
+        raise InputError(f"{name}={folder}: {existing} is not writable ({error.strerror}).") from error
 
 
-def check_resumed_config(config: TrainConfig, source: ImageSource, checkpoint: Path) -> None:
+def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[str, Any]) -> None:
     """Makes sure that a resumed run computes what the interrupted one would have.
+
+    Args:
+        config: Options of the resumed run.
+        checkpoint: Where it goes on from.
+        current: What else must be as it was, by the names under which the checkpoint's state has it.
 
     Raises:
         InputError: Options that matter, or the data, differ; the message lists old and new values.
     """
     state = read_state(checkpoint)
-    saved: dict[str, Any] = state["config"]
-    current = config_dict(config)
     free = {field.name for field in fields(TrainConfig) if field.metadata["free"]}
     changes = [
-        f"{name}: {saved.get(name)} -> {value}"
-        for name, value in current.items()
-        if name not in free and saved.get(name) != value
+        f"{name}: {state['config'].get(name)} -> {value}"
+        for name, value in config_dict(config).items()
+        if name not in free and state["config"].get(name) != value
     ]
-    if state["data_signature"] != source.signature():
-        changes.append("the training data")
+    changes += [name.replace("_", " ") for name, value in current.items() if state[name] != value]
     if changes and not config.allow_config_changes:
         raise InputError(
             f"{checkpoint} was made with other options ({'; '.join(changes)}); set them back, or resume all the same "
@@ -122,15 +152,37 @@ def check_resumed_config(config: TrainConfig, source: ImageSource, checkpoint: P
         )
 
 
-def open_output_dir(config: TrainConfig, accelerator: Accelerator, first_step: int) -> None:
-    """Makes the folder and saves the resolved configuration in it."""
+def repeatable(config: TrainConfig, accumulation: int) -> TrainConfig:
+    """The configuration that makes the same run again: without what was meant for one start only."""
+    return replace(
+        config,
+        gradient_accumulation_steps=accumulation,
+        resume_from_checkpoint=None,
+        overwrite_output_dir=False,
+        allow_config_changes=False,
+    )
+
+
+def open_output_dir(config: TrainConfig, accumulation: int, checkpoint: Path | None) -> FileLock:
+    """Makes the folder, locks it for this run, and saves the resolved configuration in it; main process only.
+
+    Raises:
+        InputError: Another process writes to the folder.
+    """
     folder = Path(config.output_dir)
-    if accelerator.is_main_process:
-        if config.overwrite_output_dir and first_step == 0:
-            _delete_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_FILE)
-    accelerator.wait_for_everyone()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"output_dir={folder} is being written by another process.") from error
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if config.overwrite_output_dir and not goes_on:
+        _delete_run(folder)
+    if checkpoint is not None:
+        set_aside_later_checkpoints(folder, read_state(checkpoint)["step"])
+    save_config(repeatable(config, accumulation), folder / CONFIG_FILE)
+    return lock
 
 
 def _delete_run(folder: Path) -> None:

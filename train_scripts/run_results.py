@@ -1,15 +1,13 @@
 """What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
 
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import DistributedType
-
 import speed_diffusers
-from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER
-from speed_diffusers.checkpoints import full_tensors, prune_checkpoints, save_checkpoint
+from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER, repeatable
+from speed_diffusers.checkpoint_folders import prune_checkpoints
+from speed_diffusers.checkpoints import full_tensors, save_checkpoint
 from speed_diffusers.config import config_dict
 from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
 from speed_diffusers.models import export_transformer
@@ -23,7 +21,8 @@ if TYPE_CHECKING:
     from training_setup import Inputs, TrainingRun
 
 
-logger = logging.getLogger(__name__)
+PRIVATE_OPTIONS = ("train_data_dir", "cache_dir", "output_dir")
+"""Paths of the machine that trained, which have no business in a released pipeline."""
 
 
 def describe_plan(inputs: "Inputs") -> str:
@@ -61,9 +60,6 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
 
 def save_state(run: "TrainingRun", step: int) -> None:
     """Saves a checkpoint, then deletes those beyond the limit."""
-    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        logger.warning("No checkpoint at step %d: DeepSpeed's sharded optimizer is not saved here.", step)
-        return
     save_checkpoint(
         run.output_dir,
         step=step,
@@ -73,18 +69,18 @@ def save_state(run: "TrainingRun", step: int) -> None:
         state={
             "config": config_dict(run.config),
             "global_batch": run.layout.global_batch,
-            "data_signature": run.data_signature,
+            **run.identity,
             "version": speed_diffusers.__version__,
         },
         is_main_process=run.accelerator.is_main_process,
     )
     if run.accelerator.is_main_process:
-        prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit)
+        prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
     run.accelerator.wait_for_everyone()
 
 
 def save_validation_grid(run: "TrainingRun", step: int) -> None:
-    """Draws the same noise and classes as ever with the averaged weights, to a PNG and the trackers."""
+    """Draws the same noise and classes as ever with the averaged weights, to a PNG and TensorBoard."""
     pipeline = averaged_pipeline(run)
     if run.accelerator.is_main_process:
         folder = run.output_dir / VALIDATION_FOLDER
@@ -98,7 +94,9 @@ def save_results(run: "TrainingRun") -> None:
     began = time.perf_counter()
     pipeline = averaged_pipeline(run)
     if run.accelerator.is_main_process:
-        sidecar = {"speed_diffusers": speed_diffusers.__version__, "training_config": config_dict(run.config)}
+        settings = config_dict(repeatable(run.config, run.layout.accumulation))
+        shared = {key: value for key, value in settings.items() if key not in PRIVATE_OPTIONS}
+        sidecar = {"speed_diffusers": speed_diffusers.__version__, "training_config": shared}
         save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
         config = run.config
         title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"

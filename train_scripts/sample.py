@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from command_line import run_script
+from run_folder import check_writable
 from speed_diffusers.config import load_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.hub import load_pipeline
@@ -53,7 +54,11 @@ def main(argv: list[str]) -> None:
     output = Path(config.output)
     if output.suffix != ".png" or output.is_dir():
         raise InputError(f"output={output}: must be a file that ends in .png.")
+    check_writable("output", output.parent)
     pipeline = load_pipeline(config.model, revision=config.revision)
+    longest = pipeline.scheduler.config.num_train_timesteps
+    if config.num_inference_steps > longest:
+        raise InputError(f"num_inference_steps={config.num_inference_steps}: the model has {longest} timesteps.")
     classes = choose_classes(config.class_labels, row_names_of(pipeline))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     images = class_samples(

@@ -26,9 +26,9 @@ from image_batches import (
     open_training_images,
     open_validation_images,
     require_at_least,
-    require_writable,
     training_batches,
 )
+from run_folder import check_writable
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError
@@ -51,7 +51,7 @@ class ClassifierSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_writable(self.output_dir)
+        check_writable("output_dir", Path(self.output_dir))
         require_at_least(1, max_train_steps=self.max_train_steps, train_batch_size=self.train_batch_size)
         require_at_least(0, max_shift=self.max_shift, learning_rate=self.learning_rate)
         if self.label_column is None:

@@ -6,8 +6,8 @@ On any laptop, with the images and the autoencoder that the package ships (about
 
 ImageNet at 256x256 with DiT-XL/2 on the GPUs of one machine:
 
-    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train_scripts/train_dit_speed.py \
-        config=imagenet_256/dit_xl2 output_dir=runs/dit_xl2
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 \
+        train_scripts/train_dit_speed.py config=imagenet_256/dit_xl2 output_dir=runs/dit_xl2
 
 Options are key=value or --key value; config=NAME takes a file from train_scripts/configs/. An interrupted run goes on
 with the same command and resume_from_checkpoint=latest.
@@ -51,11 +51,15 @@ def main(argv: list[str]) -> None:
         return
     run = start_run(inputs)
     run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
-    with StopRequest() as stop:
-        stopped_by = train(run, stop)
-    if stopped_by is None:
-        save_results(run)
-    run.accelerator.end_training()
+    try:
+        with StopRequest() as stop:
+            stopped_by = train(run, stop)
+        if stopped_by is None:
+            save_results(run)
+    finally:
+        run.accelerator.end_training()
+        if run.lock is not None:
+            run.lock.release()
     if stopped_by is not None:
         sys.exit(128 + stopped_by)
 
@@ -69,7 +73,7 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
     config, accelerator, model, layout = run.config, run.accelerator, run.model, run.layout
     log = StepLog(run)
     max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
-    batches = iter(run.loader)
+    batches = run.batches()
     for step in range(run.first_step, config.max_train_steps):
         draws = run.draws(step)
         for micro_step in range(layout.accumulation):
@@ -94,11 +98,11 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
         log.advance()
         if is_end or done % config.logging_steps == 0:
             log.write(done, grad_norm)
-            stopped_by = stop.agreed(run)
-            if stopped_by is not None:
-                save_state(run, done)
-                log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
-                return stopped_by
+        if done >= stop.next_look and (stopped_by := stop.look(run, done)):
+            log.stop_if_not_finite()
+            save_state(run, done)
+            log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
+            return stopped_by
         with log.paused():
             if is_end or (config.checkpointing_steps and done % config.checkpointing_steps == 0):
                 log.stop_if_not_finite()
@@ -193,10 +197,19 @@ class StepLog:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once."""
+    """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once.
+
+    The processes of a run agree on it every 15 seconds or so, counted in steps: a step may take them differently long.
+    """
+
+    SECONDS_BETWEEN_LOOKS = 15.0
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.next_look = 0
+        self.looked_at: tuple[int, float] | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.number = 0
         self._handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
@@ -206,14 +219,21 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        print("Stopping: the state will be saved within seconds; a second signal ends at once.", file=sys.stderr)
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
-    def agreed(self, run: TrainingRun) -> int | None:
+    def look(self, run: TrainingRun, done: int) -> int | None:
         """The signal that any process has received, the same on all of them; None if there was none."""
-        number = torch.tensor([self.number], device=run.accelerator.device)
-        received = int(run.accelerator.gather(number).max())
-        return received or None
+        now = time.monotonic()
+        step, time_then = self.looked_at or (done - 1, now)
+        self.looked_at = (done, now)
+        mine = torch.tensor([[float(self.number), (now - time_then) / (done - step)]], device=run.accelerator.device)
+        number, seconds_per_step = run.accelerator.gather(mine).amax(0).tolist()
+        # The first look has nothing to measure by, and the second comes with the next step.
+        steps = int(self.SECONDS_BETWEEN_LOOKS / seconds_per_step) if seconds_per_step else 1
+        self.next_look = done + max(1, steps)
+        return int(number) or None
 
 
 if __name__ == "__main__":

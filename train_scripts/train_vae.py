@@ -31,8 +31,8 @@ from image_batches import (
     open_training_images,
     open_validation_images,
     require_at_least,
-    require_writable,
 )
+from run_folder import check_writable
 from speed_diffusers.config import load_config
 from speed_diffusers.data import ImageSource
 from speed_diffusers.errors import InputError
@@ -58,7 +58,7 @@ class VAESettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_writable(self.output_dir)
+        check_writable("output_dir", Path(self.output_dir))
         require_at_least(1, max_train_steps=self.max_train_steps, train_batch_size=self.train_batch_size)
         require_at_least(0, learning_rate=self.learning_rate, kl_weight=self.kl_weight)
         factor = 2 ** (len(self.block_out_channels) - 1)

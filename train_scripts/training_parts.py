@@ -16,8 +16,8 @@ from speed_diffusers.data.images import ImageSource
 from speed_diffusers.data.latents import check_resolution
 from speed_diffusers.data.order import BatchLayout
 from speed_diffusers.errors import InputError
-from speed_diffusers.hub import load_transformer
-from speed_diffusers.models import TrainableDiT, build_dit, dit_config
+from speed_diffusers.hub import load_transformer, prediction_type_of
+from speed_diffusers.models import NULL_CLASS, TrainableDiT, build_dit, dit_config
 from speed_diffusers.randomness import keyed_generator
 from speed_diffusers.train_config import TrainConfig
 
@@ -73,8 +73,18 @@ def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> 
                     f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its {name} is "
                     f"{found[name]}, but resolution={config.resolution} and the VAE need {needed}."
                 )
-        if num_classes > max(found["num_embeds_ada_norm"], 1):
-            raise InputError(f"The pretrained model has {found['num_embeds_ada_norm']} classes; {num_classes} needed.")
+        rows = found["num_embeds_ada_norm"]
+        if rows < max(num_classes, NULL_CLASS):
+            raise InputError(
+                f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its label table has "
+                f"num_embeds_ada_norm={rows}; at least {max(num_classes, NULL_CLASS)} are needed."
+            )
+        predicted = prediction_type_of(config.pretrained_model_name_or_path, revision=config.revision)
+        if predicted not in (None, config.prediction_type):
+            raise InputError(
+                f"prediction_type={config.prediction_type}, but {config.pretrained_model_name_or_path} was trained "
+                f"with {predicted}."
+            )
         core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
     if config.gradient_checkpointing:
         core.transformer.enable_gradient_checkpointing()
@@ -100,11 +110,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if config.resume_from_checkpoint is not None:
-            raise InputError("resume_from_checkpoint: DeepSpeed's sharded optimizer is not saved here.")
-        # DeepSpeed wants to know it and would read it off a loader that accelerate prepared; ours is not prepared.
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+        raise InputError("DeepSpeed is not supported; to shard a model take accelerate_configs/fsdp2.yaml.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -112,6 +118,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"with: torchrun --nproc_per_node {launched}"
         )
     return accelerator
+
+
+def check_same_step(accelerator: Accelerator, checkpoint: Path | None) -> None:
+    """Makes sure that all processes go on from the same checkpoint.
+
+    Raises:
+        InputError: They do not: the machines of the run see different folders.
+    """
+    step = read_state(checkpoint)["step"] if checkpoint is not None else 0
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise InputError(f"The processes found checkpoints of different steps ({steps}); output_dir must be shared.")
 
 
 def make_layout(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> BatchLayout:

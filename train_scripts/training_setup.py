@@ -1,5 +1,6 @@
 """What the training script needs before its loop: every check, then every part, then the folder of the run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +21,7 @@ from speed_diffusers.data.latents import LatentDataset, cache_latents, sample_la
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.draws import StepDraws
 from speed_diffusers.ema import ExponentialMovingAverage, fitted_decay
+from speed_diffusers.errors import InputError
 from speed_diffusers.export import embedding_row_names
 from speed_diffusers.guard import NonFiniteGuard
 from speed_diffusers.hub import load_vae
@@ -26,7 +29,14 @@ from speed_diffusers.models import TrainableDiT
 from speed_diffusers.sampling import choose_classes
 from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
-from training_parts import make_accelerator, make_layout, make_model, make_scheduler, set_learning_rate
+from training_parts import (
+    check_same_step,
+    make_accelerator,
+    make_layout,
+    make_model,
+    make_scheduler,
+    set_learning_rate,
+)
 
 
 @dataclass
@@ -46,8 +56,11 @@ class TrainingRun:
     guard: NonFiniteGuard
     layout: BatchLayout
     loader: DataLoader[dict[str, Tensor]]
-    data_signature: str
     first_step: int
+    identity: dict[str, str]
+    """What a checkpoint must find unchanged besides the options, and is saved with."""
+    lock: FileLock | None
+    """Held on the folder of the run; None where another process writes."""
 
     @property
     def output_dir(self) -> Path:
@@ -66,6 +79,18 @@ class TrainingRun:
             random_flip=self.config.random_flip,
             device=self.accelerator.device,
         )
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of this process, micro-step by micro-step.
+
+        Raises:
+            InputError: An image is damaged; the message names it.
+        """
+        try:
+            yield from self.loader
+        except InputError as error:
+            # A loader's worker sends its whole traceback as the message; the line is its last.
+            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
@@ -101,6 +126,7 @@ class Inputs:
     core: TrainableDiT
     layout: BatchLayout
     checkpoint: Path | None
+    identity: dict[str, str]
 
 
 def check_inputs(config: TrainConfig) -> Inputs:
@@ -129,9 +155,15 @@ def check_inputs(config: TrainConfig) -> Inputs:
     core = make_model(config, source, vae)
     accelerator = make_accelerator(config)
     layout = make_layout(config, accelerator, checkpoint)
+    check_same_step(accelerator, checkpoint)
+    identity = {
+        "data_signature": source.signature(),
+        "vae_fingerprint": vae_fingerprint(vae),
+        "mixed_precision": accelerator.mixed_precision,
+    }
     if checkpoint is not None:
-        check_resumed_config(config, source, checkpoint)
-    return Inputs(config, accelerator, scheduler, source, vae, core, layout, checkpoint)
+        check_resumed_config(config, checkpoint, identity)
+    return Inputs(config, accelerator, scheduler, source, vae, core, layout, checkpoint, identity)
 
 
 def start_run(inputs: Inputs) -> TrainingRun:
@@ -174,7 +206,8 @@ def start_run(inputs: Inputs) -> TrainingRun:
         # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
         generator=torch.Generator(),
     )
-    open_output_dir(config, accelerator, first_step)
+    lock = open_output_dir(config, layout.accumulation, inputs.checkpoint) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
     return TrainingRun(
         config=config,
         accelerator=accelerator,
@@ -189,8 +222,9 @@ def start_run(inputs: Inputs) -> TrainingRun:
         guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
         layout=layout,
         loader=loader,
-        data_signature=inputs.source.signature(),
         first_step=first_step,
+        identity=inputs.identity,
+        lock=lock,
     )
 
 
@@ -206,7 +240,7 @@ def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
     return cache_latents(
         inputs.source,
         inputs.vae,
-        vae_fingerprint=vae_fingerprint(inputs.vae),
+        vae_fingerprint=inputs.identity["vae_fingerprint"],
         resolution=config.resolution,
         center_crop=config.center_crop,
         random_flip=config.random_flip,

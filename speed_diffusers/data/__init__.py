@@ -1,11 +1,10 @@
 """Training data: images from anywhere, and the cache of their latents (needs the `train` extra)."""
 
 from .decode import load_image
-from .images import EMBEDDED, ImageDataset, ImageSource, collate, from_dataset, open_images
+from .images import ImageDataset, ImageSource, collate, from_dataset, open_images
 from .latents import LatentDataset, cache_latents, check_resolution, sample_latents, vae_fingerprint
 
 __all__ = [
-    "EMBEDDED",
     "ImageDataset",
     "ImageSource",
     "LatentDataset",

@@ -13,16 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..embedded import EMBEDDED, EMBEDDED_IMAGES
 from ..errors import InputError, unknown_name
 from .decode import load_image
 from .labels import read_labels
 from .local import load_local
 from .remote import load_remote
-
-EMBEDDED = "embedded"
-"""The `dataset_name` of the image set inside this package, which needs no network."""
-
-EMBEDDED_FILE = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "train.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +53,7 @@ class ImageSource:
         digest = hashlib.sha256(f"{len(self)} {self.label_names}".encode())
         digest.update(self.labels.tobytes())
         for row in np.linspace(0, len(self) - 1, min(32, len(self)), dtype=int).tolist():
-            image = self.dataset[row][self.image_column]
+            image = self.dataset[row][self.image_column] or {"bytes": b""}
             digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
         return digest.hexdigest()
 
@@ -107,7 +103,7 @@ def open_images(
             missing or empty folder, unknown column or split, missing or negative labels.
     """
     if (dataset_name is None) == (train_data_dir is None):
-        given = "neither" if dataset_name is None else "both"
+        given = "neither" if dataset_name is None else f"both (dataset_name=None takes {dataset_name} out)"
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
     with_classes = label_column is not None
     if train_data_dir is not None:
@@ -117,7 +113,7 @@ def open_images(
     elif dataset_name == EMBEDDED:
         if split != "train":
             raise unknown_name("split of the embedded set", split, ["train"])
-        dataset = load_local(EMBEDDED_FILE, split=split, with_classes=with_classes, cache_dir=cache_dir)
+        dataset = load_local(EMBEDDED_IMAGES, split=split, with_classes=with_classes, cache_dir=cache_dir)
     else:
         assert dataset_name is not None
         dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)
@@ -138,12 +134,12 @@ def from_dataset(
         raise InputError("The data set has no rows.")
     dataset = dataset.with_format(None)
     num_rows = min(len(dataset), max_train_samples or len(dataset))
-    undecoded = _undecoded(dataset, image_column)
     if label_column is None:
         labels, names = np.zeros(len(dataset), dtype=np.int64), None
     else:
         # The whole column, not the first rows only: the number of classes must not depend on max_train_samples.
         labels, names = read_labels(dataset, label_column)
+    undecoded = _undecoded(dataset, image_column)
     key = hashlib.sha256(f"{dataset._fingerprint} {image_column} {num_rows} {names}".encode())
     key.update(labels[:num_rows].tobytes())
     source = ImageSource(

@@ -37,7 +37,12 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.
     if values.null_count:
         raise _unlabelled(column, np.asarray(pc.is_null(values)), "no label")
     if isinstance(feature, datasets.ClassLabel):
-        return _class_ids(column, values), list(feature.names)
+        labels = _class_ids(column, values)
+        if labels.max() >= len(feature.names):
+            raise InputError(
+                f"The label column '{column}' goes up to {labels.max()}, but names only {len(feature.names)} classes."
+            )
+        return labels, list(feature.names)
     if pa.types.is_integer(values.type):
         labels = _class_ids(column, values)
         return labels, [str(label) for label in range(int(labels.max()) + 1)]

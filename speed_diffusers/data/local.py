@@ -63,6 +63,9 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
 def _load_packaged(builder: str, files: list[Path], path: Path, cache_dir: str | None) -> datasets.Dataset:
     """`load_dataset` on files of our choice: by itself it guesses splits from any word in a path ("test_1.png")."""
     names = {"train": [str(file) for file in files]}
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    # Files on this disk are nobody's download: without this, `datasets` reports them over the network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
@@ -71,6 +74,8 @@ def _load_packaged(builder: str, files: list[Path], path: Path, cache_dir: str |
     except OSError as error:
         where = cache_dir or datasets.config.HF_DATASETS_CACHE
         raise InputError(f"Cannot cache '{path}' in '{where}' (cache_dir, or HF_DATASETS_CACHE): {error}") from error
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..embedded import SHIPPED_CLASSIFIER
 from ..errors import InputError
 
 FEATURE_DIM = 64
-SHIPPED_CLASSIFIER = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "classifier.safetensors"
 _MAP_SIZE = 4  # height and width of the last feature map; at 32x32 input the pooling to it is the identity
 _WIDTHS = (32, 48, 64, 64)
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..embedded import SHIPPED_REFERENCE
 from ..errors import InputError
 
-SHIPPED_REFERENCE = Path(__file__).parents[1] / "assets" / "fashion_mnist" / "reference_features.safetensors"
 HEADER_KEY = "feature_statistics"
 
 

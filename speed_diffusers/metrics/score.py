@@ -8,9 +8,10 @@ from diffusers import DiTPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..embedded import SHIPPED_CLASSIFIER, SHIPPED_REFERENCE
 from ..sampling import generate
-from .features import SHIPPED_CLASSIFIER, file_sha256, load_classifier
-from .frechet import SHIPPED_REFERENCE, StatisticsAccumulator, frechet_distance, load_reference_statistics
+from .features import file_sha256, load_classifier
+from .frechet import StatisticsAccumulator, frechet_distance, load_reference_statistics
 
 
 @dataclass(frozen=True)
