@@ -133,7 +133,8 @@ def _plot(seeds: list[int], distances: np.ndarray, path: Path) -> None:
     axes.set_xticks(positions, [f"seed {seed}" for seed in seeds])
     axes.set_ylabel("Fréchet distance (lower is better)")
     axes.set_title("SpeeD and uniform after the same number of steps", fontsize=10)
-    axes.legend(loc="lower right")
+    axes.margins(y=0.2)
+    axes.legend(loc="upper center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
