@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -88,15 +87,10 @@ def test_wrong_input_under_torchrun_is_one_line(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-@pytest.fixture
-def command(tiny_options: list[str]) -> list[str]:
-    """The tiny run as a process; longer, so that there is time to disturb it."""
-    return [sys.executable, str(ROOT / TRAIN), *tiny_options, "max_train_steps=400", "checkpointing_steps=100000"]
-
-
-def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(command: list[str], tmp_path: Path) -> None:
-    options = [part for part in command if not part.startswith(("max_train_steps", "output_dir"))]
-    options += ["max_train_steps=60", f"output_dir={tmp_path / 'stopped'}"]
+def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[str], tmp_path: Path) -> None:
+    named = ("max_train_steps", "output_dir", "checkpointing_steps")
+    options = [sys.executable, str(ROOT / TRAIN), *(part for part in tiny_options if not part.startswith(named))]
+    options += ["max_train_steps=60", f"output_dir={tmp_path / 'stopped'}", "checkpointing_steps=None"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(options, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True)
     metrics = tmp_path / "stopped" / "metrics.jsonl"

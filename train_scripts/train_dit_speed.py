@@ -98,7 +98,7 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
         log.advance()
         if is_end or done % config.logging_steps == 0:
             log.write(done, grad_norm)
-        if done >= stop.next_look and (stopped_by := stop.look(run, done)):
+        if stopped_by := stop.look(run, done):
             log.stop_if_not_finite()
             save_state(run, done)
             log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
@@ -199,10 +199,11 @@ class StepLog:
 class StopRequest:
     """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once.
 
-    The processes of a run agree on it every 15 seconds or so, counted in steps: a step may take them differently long.
+    A single process stops after the step at hand. Several agree on it every 5 seconds or so, counted in steps, because
+    they must stop at the same one.
     """
 
-    SECONDS_BETWEEN_LOOKS = 15.0
+    SECONDS_BETWEEN_LOOKS = 5.0
 
     def __init__(self) -> None:
         self.number = 0
@@ -224,7 +225,11 @@ class StopRequest:
             signal.signal(each, signal.SIG_DFL)
 
     def look(self, run: TrainingRun, done: int) -> int | None:
-        """The signal that any process has received, the same on all of them; None if there was none."""
+        """The signal that any process has received, the same on all of them; None if there was none to see yet."""
+        if run.accelerator.num_processes == 1:
+            return self.number or None
+        if done < self.next_look:
+            return None
         now = time.monotonic()
         step, time_then = self.looked_at or (done - 1, now)
         self.looked_at = (done, now)
