@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor
@@ -111,7 +113,9 @@ def score_pipeline(
     return Score(distance, agreeing / num_images, protocol)
 
 
-def _with_labels(batches: Iterator, labels: list[int], total: int) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[type-arg]
+def _with_labels(
+    batches: Iterator[npt.NDArray[np.float32]], labels: list[int], total: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as (B, 3, H, W) tensors with the labels they were made for, under a progress bar."""
     done = 0
     with tqdm(total=total, desc="Scoring", unit="image") as progress:
