@@ -1,4 +1,4 @@
-"""The denoising objective: label drop, noising, target, error and weight."""
+"""The denoising objective: label drop, noising, target, error, weight, and the term of a learned variance."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import unknown_name
 from .models import NULL_CLASS, label_to_embedding_row
+from .variance import LearnedVariance
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -36,13 +37,16 @@ class DenoisingLoss:
     """The loss of a batch and what it is made of.
 
     Attributes:
-        loss: Scalar, float32: mean over the batch of weight times squared error.
+        loss: Scalar, float32: mean over the batch of weight times squared error, plus that of the variance term.
         squared_error: (B,), float32, detached: each sample's mean squared error without its weight, comparable
             between runs whose weights differ.
+        variance_bits: (B,), float32, detached: each sample's variance term without weight, in bits a dimension; None
+            where no variance is learned.
     """
 
     loss: Tensor
     squared_error: Tensor
+    variance_bits: Tensor | None = None
 
 
 def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:
@@ -81,8 +85,12 @@ def denoising_loss(
     class_rows: Tensor,
     timesteps: Tensor,
     noise: Tensor,
+    learned_variance: LearnedVariance | None = None,
 ) -> DenoisingLoss:
-    """Weighted denoising loss of one batch (DDPM, arXiv 2006.11239, equation 14, with a weight a timestep).
+    """Weighted denoising loss of one batch.
+
+    DDPM, arXiv 2006.11239, equation 14, with a weight a timestep; with a learned variance the hybrid loss of arXiv
+    2102.09672, equation 16, in the scale of DiT: squared error plus T/1000 times the bound's term in bits a dimension.
 
     Args:
         model: The network.
@@ -91,10 +99,20 @@ def denoising_loss(
         class_rows: int64 (B,), from `drop_labels`.
         timesteps: int64 (B,), from `sample_timesteps`.
         noise: Standard normal, like `clean`.
+        learned_variance: For a network with 2C output channels, the second half of which is the variance's; None for
+            one with C. The weights hold for its term only if it is `weighted`.
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = prediction_target(scheduler, clean, noise, timesteps)
     prediction = model(noisy, timesteps, class_rows)
-    squared_error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    loss = (scheduler.loss_weights(timesteps) * squared_error).mean()
-    return DenoisingLoss(loss, squared_error.detach())
+    if learned_variance is not None:
+        prediction, variance_values = prediction.chunk(2, dim=1)
+    error = prediction.float() - target.float()
+    squared_error = error.square().flatten(1).mean(1)
+    weights = scheduler.loss_weights(timesteps)
+    loss = (weights * squared_error).mean()
+    if learned_variance is None:
+        return DenoisingLoss(loss, squared_error.detach())
+    bits = learned_variance.bits(variance_values, error, clean, timesteps)
+    loss = loss + learned_variance.scale * (weights * bits if learned_variance.weighted else bits).mean()
+    return DenoisingLoss(loss, squared_error.detach(), bits.detach())

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -44,8 +45,8 @@ class MetricsFile:
         os.replace(temporary, path)
         self._path = path
 
-    def write(self, values: Mapping[str, float]) -> None:
-        """Appends one line."""
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one line; values are what JSON takes."""
         with self._path.open("a") as file:
             file.write(json.dumps(dict(values)) + "\n")
 

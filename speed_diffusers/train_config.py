@@ -6,6 +6,7 @@ from typing import Any
 from .models import MODEL_NAMES
 from .objective import PREDICTION_TYPES
 from .timesteps import DENSITIES
+from .variance import VARIANCE_TYPES
 from .weightings import WEIGHTINGS
 
 
@@ -65,6 +66,12 @@ class TrainConfig:
     beta_end: float = option(0.02, "Last beta.")
     rescale_betas_zero_snr: bool = option(False, "End the noise schedule at zero signal.")
     prediction_type: str = option("epsilon", "What the network predicts.", choices=PREDICTION_TYPES)
+    variance_type: str = option(
+        "fixed_small",
+        "learned_range: the network predicts the steps' variance too, as DiT does.",
+        choices=VARIANCE_TYPES,
+    )
+    weight_variance_loss: bool = option(False, "The loss weight holds for the variance term too.")
     speed_sampling: str = option("asymmetric", "Density over timesteps.", choices=DENSITIES)
     speed_weighting: str = option("change_aware", "Loss weight over timesteps.", choices=WEIGHTINGS)
     speed_k: float = option(5.0, "How many times more often steps before tau are drawn; at least 1.")

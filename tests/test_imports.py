@@ -24,6 +24,7 @@ HEART = {
     "weightings": 3,
     "schedulers": 4,
     "models": 4,
+    "variance": 4,
     "objective": 5,
 }
 
@@ -31,6 +32,7 @@ HEART = {
 ROOMS: dict[str, set[str]] = {
     "randomness": set(HEART) - {"errors"},
     "ema": set(HEART) - {"errors"},
+    "error_bins": set(HEART) - {"errors"},
     "draws": {"objective", "models"},
     "embedded": set(HEART),
     "data": {"objective", "schedulers"},

@@ -33,10 +33,11 @@ def run_folder(options: list[str]) -> Path:
     return Path(next(option.removeprefix("output_dir=") for option in options if option.startswith("output_dir=")))
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl without the speed, which is never the same twice."""
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without times, which are never the same twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    times = ("images_per_second", "seconds")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def final_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -123,7 +124,9 @@ def test_another_split_of_the_global_batch_resumes_with_more_accumulation(tiny_o
     options = [option for option in tiny_options if not option.startswith("train_batch_size")]
     main([*options, "train_batch_size=2", "resume_from_checkpoint=latest"])
     for one, other in zip(before, metrics(folder), strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        assert one.keys() == other.keys()
+        for key, value in one.items():  # None, where a bin had no sample, becomes NaN
+            np.testing.assert_allclose(np.array(value, float), np.array(other[key], float), rtol=1e-4, err_msg=key)
     shutil.rmtree(folder / "checkpoint-12")
     AcceleratorState._reset_state()
     with pytest.raises(InputError, match="train_batch_size=3 x 1 process.* does not divide the global batch of 4"):

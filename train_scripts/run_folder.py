@@ -138,11 +138,13 @@ def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[st
         InputError: Options that matter, or the data, differ; the message lists old and new values.
     """
     state = read_state(checkpoint)
+    # An option that the checkpoint does not know yet was not there to differ: it had what is its default now.
+    before = {field.name: field.default for field in fields(TrainConfig)} | state["config"]
     free = {field.name for field in fields(TrainConfig) if field.metadata["free"]}
     changes = [
-        f"{name}: {state['config'].get(name)} -> {value}"
+        f"{name}: {before[name]} -> {value}"
         for name, value in config_dict(config).items()
-        if name not in free and state["config"].get(name) != value
+        if name not in free and before[name] != value
     ]
     changes += [name.replace("_", " ") for name, value in current.items() if state[name] != value]
     if changes and not config.allow_config_changes:

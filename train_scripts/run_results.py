@@ -43,7 +43,8 @@ def describe_plan(inputs: "Inputs") -> str:
         "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
         "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
         f"{layout.per_device} a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
-        "speed": f"{config.speed_sampling} sampling, {config.speed_weighting} weighting, {config.prediction_type}",
+        "speed": f"{config.speed_sampling} sampling, {config.speed_weighting} weighting",
+        "target": f"{config.prediction_type}, {config.variance_type} variance",
         "draws": shares,
         "output": config.output_dir,
     }
@@ -69,6 +70,7 @@ def save_state(run: "TrainingRun", step: int) -> None:
         state={
             "config": config_dict(run.config),
             "global_batch": run.layout.global_batch,
+            "seconds": run.seconds,
             **run.identity,
             "version": speed_diffusers.__version__,
         },

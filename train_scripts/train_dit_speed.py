@@ -16,21 +16,18 @@ with the same command and resume_from_checkpoint=latest.
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
 import torch
-from tqdm.auto import tqdm
 
 from command_line import run_script
-from run_folder import METRICS_FILE
 from run_results import describe_plan, save_results, save_state, save_validation_grid, tracker_config
 from speed_diffusers.config import load_config
 from speed_diffusers.objective import denoising_loss, drop_labels
-from speed_diffusers.tracking import MetricsFile
 from speed_diffusers.train_config import TrainConfig
+from step_log import StepLog
 from training_setup import TrainingRun, check_inputs, start_run
 
 SCRIPT_DIR = Path(__file__).resolve().parent
@@ -84,9 +81,11 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
             is_last = micro_step == layout.accumulation - 1
             # Gradients travel between processes once an optimizer step.
             with nullcontext() if is_last else accelerator.no_sync(model):
-                result = denoising_loss(model, run.scheduler, clean, class_rows, part.timesteps, part.noise)
+                result = denoising_loss(
+                    model, run.scheduler, clean, class_rows, part.timesteps, part.noise, run.learned_variance
+                )
                 accelerator.backward(result.loss / layout.accumulation)
-            log.add(result.loss, result.squared_error)
+            log.add(result, part.timesteps)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         run.guard.observe(grad_norm, step + 1)
         run.optimizer.step()
@@ -100,7 +99,8 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
             log.write(done, grad_norm)
         if stopped_by := stop.look(run, done):
             log.stop_if_not_finite()
-            save_state(run, done)
+            with log.paused():
+                save_state(run, done)
             log.close(f"Stopped at step {done}; go on with resume_from_checkpoint=latest.")
             return stopped_by
         with log.paused():
@@ -111,89 +111,6 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
                 save_validation_grid(run, done)
     log.close()
     return None
-
-
-class StepLog:
-    """Progress bar, `metrics.jsonl` and trackers; asks the device for numbers at logging steps only."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
-        is_main = run.accelerator.is_main_process
-        self.metrics = MetricsFile(run.output_dir / METRICS_FILE, run.first_step) if is_main else None
-        self.progress = tqdm(
-            total=run.config.max_train_steps,
-            initial=run.first_step,
-            desc="Training",
-            unit="step",
-            disable=not is_main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        )
-        self._start_again()
-
-    def _start_again(self) -> None:
-        self.sums = torch.zeros(2, device=self.run.accelerator.device)
-        self.micro_steps = 0
-        self.steps = 0
-        self.began = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, squared_error: torch.Tensor) -> None:
-        """Takes in the losses of a micro-step without waiting for them."""
-        self.sums += torch.stack((loss.detach(), squared_error.mean()))
-        self.micro_steps += 1
-
-    def advance(self) -> None:
-        """Counts an optimizer step."""
-        self.steps += 1
-        self.progress.update()
-
-    def write(self, done: int, grad_norm: torch.Tensor) -> None:
-        """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
-        run = self.run
-        self.stop_if_not_finite()
-        loss, squared_error = run.accelerator.reduce(self.sums / self.micro_steps, reduction="mean").tolist()
-        images_seen = done * run.layout.global_batch
-        seconds = time.perf_counter() - self.began
-        values = {
-            "loss": loss,
-            "squared_error": squared_error,
-            "learning_rate": run.lr_scheduler.get_last_lr()[0],
-            "grad_norm": float(grad_norm),
-            "epoch": images_seen / len(run.source),
-            "images_per_second": self.steps * run.layout.global_batch / seconds,
-        }
-        if self.metrics is not None:
-            self.metrics.write({"step": done, **values})
-        run.accelerator.log(values, step=done)
-        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._start_again()
-
-    def stop_if_not_finite(self) -> None:
-        """Ends a run whose gradients were not finite, before anything of it is saved.
-
-        Raises:
-            FloatingPointError: With the step.
-        """
-        failed_step = self.run.guard.failed_step()
-        if failed_step is not None:
-            self.close()
-            raise FloatingPointError(
-                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
-                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
-            )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time within does not count as training."""
-        began = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - began
-
-    def close(self, message: str | None = None) -> None:
-        """Ends the progress bar, with a last word."""
-        self.progress.close()
-        if message:
-            self.run.accelerator.print(message)
 
 
 class StopRequest:

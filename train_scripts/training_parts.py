@@ -20,6 +20,7 @@ from speed_diffusers.hub import load_transformer, prediction_type_of
 from speed_diffusers.models import NULL_CLASS, TrainableDiT, build_dit, dit_config
 from speed_diffusers.randomness import keyed_generator
 from speed_diffusers.train_config import TrainConfig
+from speed_diffusers.variance import LEARNED_RANGE, LearnedVariance
 
 
 def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
@@ -35,6 +36,7 @@ def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
         beta_schedule=config.beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
         clip_sample=False,
         speed_sampling=config.speed_sampling,
         speed_weighting=config.speed_weighting,
@@ -42,6 +44,26 @@ def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
         speed_tau=config.speed_tau,
         speed_r=config.speed_r,
         speed_lambda=config.speed_lambda,
+    )
+
+
+def make_learned_variance(
+    config: TrainConfig, scheduler: SpeeDDDPMScheduler, device: torch.device
+) -> LearnedVariance | None:
+    """The variance term of the loss, or None where the network predicts no variance.
+
+    Raises:
+        InputError: The schedule and the prediction type allow none, or there is nothing to weigh.
+    """
+    if config.variance_type != LEARNED_RANGE:
+        if config.weight_variance_loss:
+            raise InputError("weight_variance_loss=true, but only variance_type=learned_range has a variance term.")
+        return None
+    return LearnedVariance.from_scheduler(
+        scheduler,
+        prediction_type=config.prediction_type,
+        weighted=config.weight_variance_loss,
+        device=device,
     )
 
 
@@ -53,6 +75,7 @@ def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> 
     """
     side = check_resolution(config.resolution, vae)
     channels = int(vae.config.latent_channels)
+    out_channels = 2 * channels if config.variance_type == LEARNED_RANGE else channels
     num_classes = config.num_classes if config.num_classes is not None else source.num_classes
     if source.num_classes > num_classes:
         raise InputError(
@@ -61,17 +84,18 @@ def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> 
         )
     if config.pretrained_model_name_or_path is None:
         architecture = dit_config(
-            config.model, sample_size=side, in_channels=channels, out_channels=channels, num_classes=num_classes
+            config.model, sample_size=side, in_channels=channels, out_channels=out_channels, num_classes=num_classes
         )
         core = build_dit(architecture, keyed_generator(config.seed, "weights", 0), tie_embedders=config.tie_embedders)
     else:
         transformer = load_transformer(config.pretrained_model_name_or_path, revision=config.revision)
         found = transformer.config
-        for name, needed in (("sample_size", side), ("in_channels", channels), ("out_channels", channels)):
+        for name, needed in (("sample_size", side), ("in_channels", channels), ("out_channels", out_channels)):
             if found[name] != needed:
                 raise InputError(
                     f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its {name} is "
-                    f"{found[name]}, but resolution={config.resolution} and the VAE need {needed}."
+                    f"{found[name]}, but resolution={config.resolution}, variance_type={config.variance_type} and the "
+                    f"VAE need {needed}."
                 )
         rows = found["num_embeds_ada_norm"]
         if rows < max(num_classes, NULL_CLASS):

@@ -29,10 +29,12 @@ from speed_diffusers.models import TrainableDiT
 from speed_diffusers.sampling import choose_classes
 from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
+from speed_diffusers.variance import LearnedVariance
 from training_parts import (
     check_same_step,
     make_accelerator,
     make_layout,
+    make_learned_variance,
     make_model,
     make_scheduler,
     set_learning_rate,
@@ -46,6 +48,7 @@ class TrainingRun:
     config: TrainConfig
     accelerator: Accelerator
     scheduler: SpeeDDDPMScheduler
+    learned_variance: LearnedVariance | None
     source: ImageSource
     vae: AutoencoderKL
     core: TrainableDiT
@@ -57,6 +60,8 @@ class TrainingRun:
     layout: BatchLayout
     loader: DataLoader[dict[str, Tensor]]
     first_step: int
+    seconds: float
+    """Spent in training steps so far, over all starts of the run."""
     identity: dict[str, str]
     """What a checkpoint must find unchanged besides the options, and is saved with."""
     lock: FileLock | None
@@ -138,6 +143,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_numbers(config)
     check_trackers(config.report_to)
     scheduler = make_scheduler(config)
+    make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
     source = open_images(
         dataset_name=config.dataset_name,
@@ -188,10 +194,11 @@ def start_run(inputs: Inputs) -> TrainingRun:
     )
     decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
     ema = ExponentialMovingAverage(core, decay)
-    first_step = 0
+    first_step, seconds = 0, 0.0
     if inputs.checkpoint is not None:
         load_checkpoint(inputs.checkpoint, model=core, ema=ema, optimizer=optimizer.optimizer)
-        first_step = read_state(inputs.checkpoint)["step"]
+        state = read_state(inputs.checkpoint)
+        first_step, seconds = state["step"], state.get("seconds", 0.0)
         set_learning_rate(lr_scheduler, first_step)
     loader = DataLoader(
         dataset,
@@ -212,6 +219,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         config=config,
         accelerator=accelerator,
         scheduler=inputs.scheduler,
+        learned_variance=make_learned_variance(config, inputs.scheduler, accelerator.device),
         source=inputs.source,
         vae=inputs.vae,
         core=core,
@@ -223,6 +231,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         layout=layout,
         loader=loader,
         first_step=first_step,
+        seconds=seconds,
         identity=inputs.identity,
         lock=lock,
     )
