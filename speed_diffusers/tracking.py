@@ -39,9 +39,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        kept = [] if first_step == 0 or not path.exists() else list(_lines_up_to(path, first_step))
+        kept = [] if first_step == 0 or not path.exists() else read_metrics(path)
+        lines = [json.dumps(values) for values in kept if values["step"] <= first_step]
         temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.write_text("".join(f"{line}\n" for line in lines))
         os.replace(temporary, path)
         self._path = path
 
@@ -51,13 +52,18 @@ class MetricsFile:
             file.write(json.dumps(dict(values)) + "\n")
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, without a last one that was cut short.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a run writes it while it trains.")
+    records = []
     for line in path.read_text().splitlines():
         try:
-            values = json.loads(line)
+            records.append(json.loads(line))
         except ValueError:
             break
-        if values["step"] <= step:
-            kept.append(line)
-    return kept
+    return records

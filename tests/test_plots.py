@@ -1,11 +1,13 @@
-"""Grids of samples: every pixel where it belongs."""
+"""Pictures: every pixel where it belongs."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from speed_diffusers.plots import mosaic, save_class_grid
+from speed_diffusers.error_bins import ErrorBins, ErrorHistory
+from speed_diffusers.plots import mosaic, save_class_grid, save_error_map
+from speed_diffusers.process import Areas
 
 
 def test_a_mosaic_holds_every_image_with_gaps_between() -> None:
@@ -35,3 +37,17 @@ def test_a_class_grid_shows_the_images_unblurred_beside_their_names(tmp_path: Pa
         assert np.ptp(rows) + 1 == np.ptp(columns) + 1 == 64 and len(rows) == 64 * 64
     red, blue = (np.nonzero((picture == colour).all(axis=-1)) for colour in ([255, 0, 0], [0, 0, 255]))
     assert red[0].min() < blue[0].min() and red[1].min() > blue[1].min()
+
+
+def test_a_map_of_errors_is_drawn_from_one_record_and_from_holes(tmp_path: Path) -> None:
+    edges = ErrorBins(1000).edges
+    for count in (1, 3, 500):
+        errors = np.geomspace(1, 0.01, count)[:, None] * np.ones(20)
+        errors[0, 5] = np.nan
+        history = ErrorHistory(np.arange(1.0, count + 1), edges, errors, np.isfinite(errors).astype(float))
+        for areas in (
+            Areas(range(219), range(219, 700), range(700, 1000)),
+            Areas(range(219), range(219, 1000), range(1000, 1000)),
+        ):
+            save_error_map(history, areas, "errors", tmp_path / "map.png")
+            assert Image.open(tmp_path / "map.png").width > 800

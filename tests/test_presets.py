@@ -15,7 +15,7 @@ from speed_diffusers.objective import denoising_loss, drop_labels
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.train_config import TrainConfig
 from train_dit_speed import main
-from training_parts import make_scheduler
+from training_parts import make_learned_variance, make_scheduler
 
 SCRIPT_DIR = Path(__file__).resolve().parents[1] / "train_scripts"
 NAMES = sorted(
@@ -85,14 +85,17 @@ def test_an_imagenet_preset_takes_one_step(
 def test_an_xl_preset_takes_one_step_without_its_memory(name: str) -> None:
     config = load(name)
     scheduler = make_scheduler(config)
+    learned_variance = make_learned_variance(config, scheduler, torch.device("meta"))
+    assert learned_variance is not None
     with torch.device("meta"):
         core = build_dit(
-            dit_config(config.model, sample_size=32, in_channels=4, out_channels=4, num_classes=1000), None
+            dit_config(config.model, sample_size=32, in_channels=4, out_channels=8, num_classes=1000), None
         )
         clean, noise = torch.randn(2, 4, 32, 32), torch.randn(2, 4, 32, 32)
         labels, dropped = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
     timesteps = scheduler.sample_timesteps(2).to("meta")
-    result = denoising_loss(core, scheduler, clean, drop_labels(labels, dropped), timesteps, noise)
+    rows = drop_labels(labels, dropped)
+    result = denoising_loss(core, scheduler, clean, rows, timesteps, noise, learned_variance)
     result.loss.backward()
     optimizer = torch.optim.AdamW(core.parameters(), lr=config.learning_rate, fused=False, foreach=True)
     optimizer.step()
@@ -120,3 +123,4 @@ def test_the_imagenet_recipe_is_dits() -> None:
     assert (config.learning_rate, config.adam_weight_decay, config.lr_scheduler) == (1e-4, 0.0, "constant")
     assert (config.ema_decay, config.class_dropout_prob, config.random_flip) == (0.9999, 0.1, True)
     assert config.train_batch_size * 8 == 256
+    assert (config.prediction_type, config.variance_type) == ("epsilon", "learned_range")

@@ -1,5 +1,6 @@
 """The training script on a tiny run: what it leaves, that it resumes exactly, and that it keeps its promises."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_diffusers.checkpoint_folders import list_checkpoints
 from speed_diffusers.checkpoints import read_state
+from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
 from train_dit_speed import main
 
@@ -104,6 +106,59 @@ def test_resume_in_the_middle_is_exact(tiny_options: list[str], tmp_path: Path, 
     main([*_fresh, *extra, f"output_dir={broken}", "resume_from_checkpoint=latest"])
     assert_same_run(whole, broken, 12)
     assert (broken / "pipeline" / "model_index.json").exists()
+
+
+def digest(folder: Path, step: int) -> str:
+    """SHA-256 over all of a checkpoint: parameters, averages, moments, learning rate, step, and the next ids."""
+    state = read_state(folder / f"checkpoint-{step}")
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(final_tensors(folder, step).items()):
+        hashed.update(name.encode() + tensor.numpy().tobytes())
+    order = BatchOrder(9000, BatchLayout(64), seed=0, first_step=state["step"], max_steps=state["step"] + 1)
+    hashed.update(json.dumps([state["param_groups"], state["step"], state["global_batch"], list(order)]).encode())
+    return hashed.hexdigest()
+
+
+def test_resume_is_exact_on_the_quickstart(cache_dir: Path, tmp_path: Path) -> None:
+    short = ["max_train_steps=6", "checkpointing_steps=3", "lr_warmup_steps=2", "logging_steps=1", "report_to=[]"]
+    short += [f"cache_dir={cache_dir}", "num_validation_images=1", "num_inference_steps=1"]
+    main([*short, f"output_dir={tmp_path / 'whole'}"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-6")
+    AcceleratorState._reset_state()
+    main([*short, f"output_dir={tmp_path / 'broken'}", "resume_from_checkpoint=latest"])
+    assert digest(tmp_path / "whole", 6) == digest(tmp_path / "broken", 6) != digest(tmp_path / "whole", 3)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    seconds = [read_state(tmp_path / "broken" / f"checkpoint-{step}")["seconds"] for step in (3, 6)]
+    assert 0 < seconds[0] < seconds[1], "the time of both parts together"
+
+
+def test_a_learned_variance_is_trained_saved_and_drawn_with(tiny_options: list[str]) -> None:
+    learned = ["prediction_type=epsilon", "variance_type=learned_range"]
+    main([*tiny_options, *learned])
+    folder = run_folder(tiny_options)
+    pipeline = DiTPipeline.from_pretrained(folder / "pipeline")
+    assert pipeline.transformer.config.out_channels == 2 * pipeline.transformer.config.in_channels
+    images = pipeline(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=2, output_type="np").images
+    assert np.isfinite(images).all()
+    lines = metrics(folder)
+    assert all(line["variance_bits"] > 0 for line in lines)
+    # The bias of the output layer has a mean's and a variance's half for each pixel of a patch; both learn.
+    bias = final_tensors(folder, 12)["model/transformer.proj_out_2.bias"].reshape(4, 4, 2, 4)
+    assert (bias.abs().amax((0, 1, 3)) > 0).all()
+    assert Image.open(folder / "error_by_timestep.png").width > 500
+
+
+def test_weighting_the_variance_term_changes_the_loss_alone(tiny_options: list[str], tmp_path: Path) -> None:
+    learned = ["prediction_type=epsilon", "variance_type=learned_range", "max_train_steps=1"]
+    kept = [option for option in tiny_options if not option.startswith(("output_dir=", "max_train_steps="))]
+    lines = []
+    for weighted in ("false", "true"):
+        AcceleratorState._reset_state()
+        main([*kept, *learned, f"weight_variance_loss={weighted}", f"output_dir={tmp_path / weighted}"])
+        lines.append(metrics(tmp_path / weighted)[0])
+    assert lines[0]["loss"] > lines[1]["loss"] > lines[1]["squared_error"] * 0.4
+    assert lines[0]["variance_bits"] == lines[1]["variance_bits"] > 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -51,6 +51,11 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("speed_k=0.5", "speed_k=0.5: must be a finite number of at least 1"),
         ("speed_r=1", "speed_r=1.0: must be a finite number above 1"),
         ("model=DiT-XL/3", "Unknown model 'DiT-XL/3'. Did you mean 'DiT-XL/"),
+        ("variance_type=learned", "Unknown variance_type 'learned'.*Did you mean 'learned_range'"),
+        (
+            "weight_variance_loss=true",
+            "weight_variance_loss=true, but only variance_type=learned_range has a variance",
+        ),
         ("prediction_type=eps", "Unknown prediction_type 'eps'.*Did you mean 'epsilon'"),
         ("mixed_precision=fp16", "Unknown mixed_precision 'fp16'.*Allowed: bf16, no"),
         ("resolution=33", "33 is not a multiple of the VAE's factor 4.*Nearest: 32 or 36"),
@@ -89,6 +94,24 @@ def test_one_line_and_nothing_written(tiny_options: list[str], tmp_path: Path, w
 def test_fine_tuning_keeps_what_the_model_predicts(tiny_options: list[str], tmp_path: Path) -> None:
     options = [*tiny_options, "pretrained_model_name_or_path=embedded", "prediction_type=epsilon"]
     fails(options, "prediction_type=epsilon, but embedded was trained with v_prediction", tmp_path / "run")
+
+
+def test_fine_tuning_keeps_whether_a_variance_is_learned(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [
+        option for option in tiny_options if not option.startswith(("train_data_dir", "dataset_", "pretrained"))
+    ]
+    options += ["dataset_name=embedded", "pretrained_vae_model_name_or_path=embedded", "resolution=32"]
+    options += ["pretrained_model_name_or_path=embedded", "variance_type=learned_range"]
+    fails(
+        options,
+        "its out_channels is 4, but resolution=32, variance_type=learned_range and the VAE need 8",
+        tmp_path / "run",
+    )
+
+
+def test_a_schedule_without_signal_learns_no_variance_of_epsilon(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, "variance_type=learned_range", "rescale_betas_zero_snr=true", "prediction_type=epsilon"]
+    fails(options, "with rescale_betas_zero_snr take prediction_type=v_prediction", tmp_path / "run")
 
 
 def test_output_folder_that_is_a_file_or_cannot_be_written(tiny_options: list[str], tmp_path: Path) -> None:

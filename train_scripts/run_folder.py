@@ -17,6 +17,7 @@ from speed_diffusers.train_config import TrainConfig
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
+ERRORS_FILE = "error_by_timestep.png"
 PIPELINE_FOLDER = "pipeline"
 LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
@@ -193,5 +194,5 @@ def _delete_run(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
-    for name in (METRICS_FILE, SAMPLES_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

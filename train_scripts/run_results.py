@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import speed_diffusers
-from run_folder import PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER, repeatable
+from run_folder import ERRORS_FILE, METRICS_FILE, PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER, repeatable
 from speed_diffusers.checkpoint_folders import prune_checkpoints
 from speed_diffusers.checkpoints import full_tensors, save_checkpoint
 from speed_diffusers.config import config_dict
+from speed_diffusers.error_bins import ErrorHistory
 from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
 from speed_diffusers.models import export_transformer
-from speed_diffusers.plots import mosaic, save_class_grid
+from speed_diffusers.plots import mosaic, save_class_grid, save_error_map
 from speed_diffusers.sampling import choose_classes, class_samples
+from speed_diffusers.tracking import read_metrics
 from speed_diffusers.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -103,6 +105,10 @@ def save_results(run: "TrainingRun") -> None:
         config = run.config
         title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
         draw_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+        records = read_metrics(run.output_dir / METRICS_FILE)
+        history = ErrorHistory.from_records(records, config.num_train_timesteps)
+        title = f"{config.model}, {config.prediction_type}: error by timestep"
+        save_error_map(history, run.scheduler.speed_areas, title, run.output_dir / ERRORS_FILE)
         print(
             f"Saved {run.output_dir / PIPELINE_FOLDER} and {run.output_dir / SAMPLES_FILE} "
             f"in {time.perf_counter() - began:.0f} s."

@@ -10,15 +10,12 @@ import torch
 from tqdm.auto import tqdm
 
 from run_folder import METRICS_FILE
-from speed_diffusers.error_bins import ErrorBins, means_by_bin
+from speed_diffusers.error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
 from speed_diffusers.objective import DenoisingLoss
 from speed_diffusers.tracking import MetricsFile
 
 if TYPE_CHECKING:
     from training_setup import TrainingRun
-
-ERRORS_KEY = "squared_error_by_timestep"
-SAMPLES_KEY = "samples_by_timestep"
 
 
 class StepLog:

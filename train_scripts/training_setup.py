@@ -200,19 +200,6 @@ def start_run(inputs: Inputs) -> TrainingRun:
         state = read_state(inputs.checkpoint)
         first_step, seconds = state["step"], state.get("seconds", 0.0)
         set_learning_rate(lr_scheduler, first_step)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=BatchOrder(
-            len(inputs.source), layout, seed=config.seed, first_step=first_step, max_steps=config.max_train_steps
-        ),
-        collate_fn=collate,
-        num_workers=config.dataloader_num_workers,
-        # A forked worker of a process with threads can deadlock.
-        multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
-        pin_memory=accelerator.device.type == "cuda",
-        # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
-        generator=torch.Generator(),
-    )
     lock = open_output_dir(config, layout.accumulation, inputs.checkpoint) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     return TrainingRun(
@@ -229,11 +216,35 @@ def start_run(inputs: Inputs) -> TrainingRun:
         ema=ema,
         guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
         layout=layout,
-        loader=loader,
+        loader=make_loader(inputs, dataset, first_step),
         first_step=first_step,
         seconds=seconds,
         identity=inputs.identity,
         lock=lock,
+    )
+
+
+def make_loader(
+    inputs: Inputs, dataset: LatentDataset | ImageDataset, first_step: int
+) -> DataLoader[dict[str, Tensor]]:
+    """Batches of this process from an optimizer step on; their order is a function of the step."""
+    config = inputs.config
+    return DataLoader(
+        dataset,
+        batch_sampler=BatchOrder(
+            len(inputs.source),
+            inputs.layout,
+            seed=config.seed,
+            first_step=first_step,
+            max_steps=config.max_train_steps,
+        ),
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        # A forked worker of a process with threads can deadlock.
+        multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
+        pin_memory=inputs.accelerator.device.type == "cuda",
+        # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
+        generator=torch.Generator(),
     )
 
 
