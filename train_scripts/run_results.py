@@ -12,6 +12,7 @@ from speed_diffusers.config import config_dict
 from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
 from speed_diffusers.models import export_transformer
 from speed_diffusers.plots import mosaic, save_class_grid
+from speed_diffusers.profiling import labelled
 from speed_diffusers.sampling import choose_classes, class_samples
 from speed_diffusers.train_config import TrainConfig
 
@@ -58,6 +59,7 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+@labelled("checkpoint")
 def save_state(run: "TrainingRun", step: int) -> None:
     """Saves a checkpoint, then deletes those beyond the limit."""
     save_checkpoint(
@@ -79,6 +81,7 @@ def save_state(run: "TrainingRun", step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
+@labelled("validation")
 def save_validation_grid(run: "TrainingRun", step: int) -> None:
     """Draws the same noise and classes as ever with the averaged weights, to a PNG and TensorBoard."""
     pipeline = averaged_pipeline(run)
