@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from measurement import commit
 from speed_diffusers.config import load_config
 from speed_diffusers.hub import load_pipeline
 from speed_diffusers.metrics.score import score_pipeline
@@ -62,18 +63,6 @@ def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
     }
     subprocess.run([sys.executable, TRAIN, *(f"{key}={value}" for key, value in settings.items())], check=True)
     return folder
-
-
-def commit() -> str:
-    """The commit that is measured, marked if the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:

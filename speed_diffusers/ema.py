@@ -42,7 +42,8 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the parameters, once an optimizer step."""
-        current = [parameter.detach().float() for parameter in self._parameters]
+        # Not detached: no gradient is recorded here, and detaching would cost the host an operation a tensor.
+        current = [parameter.float() for parameter in self._parameters]
         torch._foreach_lerp_(self._averages, current, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:

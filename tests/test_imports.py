@@ -40,6 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "train_config": set(),
     "metrics": {"objective"},
     "plots": {"objective"},
+    "profiling": set(HEART) - {"errors"},
+    "flops": set(HEART) - {"errors"},
     "sampling": {"objective"},
     "checkpoints": {"objective"},
     "checkpoint_folders": set(HEART) - {"errors"},

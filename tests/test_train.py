@@ -14,12 +14,12 @@ from diffusers import DDIMScheduler, DiTPipeline
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_diffusers.checkpoint_folders import list_checkpoints
 from speed_diffusers.checkpoints import read_state
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
+from speed_diffusers.profiling import OperationCounter
 from train_dit_speed import main
 
 
@@ -298,18 +298,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not run_folder(tiny_options).exists()
 
 
-class ScalarReads(TorchDispatchMode):
-    """Counts how often the host asks a tensor for a number: each would make a GPU finish all its work first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_steps_that_do_not_log_ask_the_device_for_nothing(tiny_options: list[str], tmp_path: Path) -> None:
     options = [
         part for part in tiny_options if not part.startswith(("logging", "max_train", "output", "checkpointing"))
@@ -318,9 +306,9 @@ def test_steps_that_do_not_log_ask_the_device_for_nothing(tiny_options: list[str
     for steps in (4, 4, 14):  # the first run also fills the cache of latents
         AcceleratorState._reset_state()
         run = [f"max_train_steps={steps}", f"output_dir={tmp_path / f'{len(counts)}'}", "logging_steps=100"]
-        with ScalarReads() as reads:
+        with OperationCounter() as counter:
             main([*options, *run, "checkpointing_steps=None"])
-        counts.append(reads.count)
+        counts.append(counter.scalar_reads)
     # Ten more steps, one log all the same.
     assert counts[1] > 0
     assert counts[2] == counts[1]

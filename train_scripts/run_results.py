@@ -13,6 +13,7 @@ from speed_diffusers.error_bins import ErrorHistory
 from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
 from speed_diffusers.models import export_transformer
 from speed_diffusers.plots import mosaic, save_class_grid, save_error_map
+from speed_diffusers.profiling import labelled
 from speed_diffusers.sampling import choose_classes, class_samples
 from speed_diffusers.tracking import read_metrics
 from speed_diffusers.train_config import TrainConfig
@@ -61,6 +62,7 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+@labelled("checkpoint")
 def save_state(run: "TrainingRun", step: int) -> None:
     """Saves a checkpoint, then deletes those beyond the limit."""
     save_checkpoint(
@@ -83,6 +85,7 @@ def save_state(run: "TrainingRun", step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
+@labelled("validation")
 def save_validation_grid(run: "TrainingRun", step: int) -> None:
     """Draws the same noise and classes as ever with the averaged weights, to a PNG and TensorBoard."""
     pipeline = averaged_pipeline(run)

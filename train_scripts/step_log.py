@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from run_folder import METRICS_FILE
 from speed_diffusers.error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
 from speed_diffusers.objective import DenoisingLoss
+from speed_diffusers.profiling import labelled
 from speed_diffusers.tracking import MetricsFile
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class StepLog:
         self.run.seconds += now - self._marked
         self._marked = now
 
+    @labelled("logging")
     def add(self, result: DenoisingLoss, timesteps: torch.Tensor) -> None:
         """Takes in the losses of a micro-step without waiting for them."""
         bits = result.squared_error.new_zeros(()) if result.variance_bits is None else result.variance_bits.mean()
@@ -61,11 +63,13 @@ class StepLog:
         self.bins.add(timesteps, result.squared_error)
         self.micro_steps += 1
 
+    @labelled("logging")
     def advance(self) -> None:
         """Counts an optimizer step."""
         self.steps += 1
         self.progress.update()
 
+    @labelled("logging")
     def write(self, done: int, grad_norm: torch.Tensor) -> None:
         """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
         run = self.run

@@ -26,6 +26,7 @@ from command_line import run_script
 from run_results import describe_plan, save_results, save_state, save_validation_grid, tracker_config
 from speed_diffusers.config import load_config
 from speed_diffusers.objective import denoising_loss, drop_labels
+from speed_diffusers.profiling import labelled
 from speed_diffusers.train_config import TrainConfig
 from step_log import StepLog
 from training_setup import TrainingRun, check_inputs, start_run
@@ -74,24 +75,31 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
     for step in range(run.first_step, config.max_train_steps):
         draws = run.draws(step)
         for micro_step in range(layout.accumulation):
-            batch = next(batches)
+            with labelled("data"):
+                batch = next(batches)
             part = draws.part(layout.span(micro_step))
             clean = run.latents(batch, part)
             class_rows = drop_labels(run.labels(batch), part.dropped)
             is_last = micro_step == layout.accumulation - 1
             # Gradients travel between processes once an optimizer step.
             with nullcontext() if is_last else accelerator.no_sync(model):
-                result = denoising_loss(
-                    model, run.scheduler, clean, class_rows, part.timesteps, part.noise, run.learned_variance
-                )
-                accelerator.backward(result.loss / layout.accumulation)
+                with labelled("forward and loss"):
+                    result = denoising_loss(
+                        model, run.scheduler, clean, class_rows, part.timesteps, part.noise, run.learned_variance
+                    )
+                with labelled("backward"):
+                    accelerator.backward(result.loss / layout.accumulation)
             log.add(result, part.timesteps)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        run.guard.observe(grad_norm, step + 1)
-        run.optimizer.step()
-        run.lr_scheduler.step()
-        run.optimizer.zero_grad()
-        run.ema.update()
+        with labelled("gradient norm"):
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            run.guard.observe(grad_norm, step + 1)
+        with labelled("optimizer"):
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        with labelled("learning rate"):
+            run.lr_scheduler.step()
+        with labelled("ema"):
+            run.ema.update()
 
         done, is_end = step + 1, step + 1 == config.max_train_steps
         log.advance()

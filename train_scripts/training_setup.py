@@ -26,6 +26,7 @@ from speed_diffusers.export import embedding_row_names
 from speed_diffusers.guard import NonFiniteGuard
 from speed_diffusers.hub import load_vae
 from speed_diffusers.models import TrainableDiT
+from speed_diffusers.profiling import labelled
 from speed_diffusers.sampling import choose_classes
 from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
@@ -72,6 +73,7 @@ class TrainingRun:
         """Folder of the run."""
         return Path(self.config.output_dir)
 
+    @labelled("draws")
     def draws(self, step: int) -> StepDraws:
         """All random draws of an optimizer step."""
         shape = self.core.transformer.config
@@ -97,6 +99,7 @@ class TrainingRun:
             # A loader's worker sends its whole traceback as the message; the line is its last.
             raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
+    @labelled("latents")
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
         """Latents of a batch, float32 (B, C, h, w), from cached moments or by encoding its images."""
