@@ -22,18 +22,7 @@ import measurement  # noqa: E402
 import step_time  # noqa: E402
 from speed_diffusers.errors import InputError  # noqa: E402
 
-MACHINE = {
-    "commit",
-    "python",
-    "torch",
-    "diffusers",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "processor",
-    "cores",
-    "threads",
-}
+MACHINE = {"commit", "python", *measurement.PACKAGES, "processor", "cores", "threads"}
 
 
 @pytest.fixture(autouse=True)
