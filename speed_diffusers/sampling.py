@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from diffusers import DiTPipeline
 
-from .errors import unknown_name
+from .errors import InputError, unknown_name
 from .models import NULL_CLASS
 from .randomness import keyed_generator
+from .samplers import make_sampler
 
 
 def generate(
@@ -20,6 +21,9 @@ def generate(
     first_image: int = 0,
     batch_size: int = 64,
     guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    sampler: str | None = None,
     num_inference_steps: int = 50,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Generates images in batches, in the order of their classes.
@@ -27,17 +31,28 @@ def generate(
     The noise of image i comes from (seed, first_image + i) alone, so an image does not depend on the batch it is in.
 
     Args:
-        pipeline: A DiT pipeline with a deterministic scheduler such as DDIM.
+        pipeline: Any DiT pipeline; its scheduler is left as it is.
         class_rows: Class of each image, as the pipeline takes it (rows of its label table).
         seed: Seed of the whole set.
         first_image: Number of the first image, so that processes can share a set.
         batch_size: Images generated at once.
         guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_channels: Latent channels that are guided, from the first; None: all. DiT guided 3 of 4.
+        guidance_interval: Where the noising process is guided, in shares of it: 0 is clean, 1 is pure noise.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
         num_inference_steps: Steps of the solver.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
 
     Yields:
         float32 (b, H, W, 3) in [0, 1].
     """
+    if (guidance_channels, tuple(guidance_interval)) != (None, (0.0, 1.0)):
+        raise InputError("The stock pipeline guides all channels, everywhere.")
+    if sampler is not None:
+        pipeline = DiTPipeline(**{**pipeline.components, "scheduler": make_sampler(sampler, pipeline)})
+        pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(class_rows), batch_size):
         rows = list(class_rows[start : start + batch_size])
         generators = [keyed_generator(seed, "image", first_image + start + index) for index in range(len(rows))]

@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"objective"},
     "plots": {"objective"},
     "sampling": {"objective"},
+    "samplers": set(HEART) - {"errors", "registry"},
     "checkpoints": {"objective"},
     "checkpoint_folders": set(HEART) - {"errors"},
     "export": {"objective"},
