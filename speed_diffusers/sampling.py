@@ -9,7 +9,9 @@ from diffusers import DiTPipeline
 
 from .errors import unknown_name
 from .models import NULL_CLASS
+from .pipelines import SpeeDDiTPipeline
 from .randomness import keyed_generator
+from .samplers import make_sampler
 
 
 def generate(
@@ -20,6 +22,9 @@ def generate(
     first_image: int = 0,
     batch_size: int = 64,
     guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    sampler: str | None = None,
     num_inference_steps: int = 50,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Generates images in batches, in the order of their classes.
@@ -27,28 +32,60 @@ def generate(
     The noise of image i comes from (seed, first_image + i) alone, so an image does not depend on the batch it is in.
 
     Args:
-        pipeline: A DiT pipeline with a deterministic scheduler such as DDIM.
+        pipeline: Any DiT pipeline; its scheduler is left as it is.
         class_rows: Class of each image, as the pipeline takes it (rows of its label table).
         seed: Seed of the whole set.
         first_image: Number of the first image, so that processes can share a set.
         batch_size: Images generated at once.
         guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_channels: Latent channels that are guided, from the first; None: all. DiT guided 3 of 4.
+        guidance_interval: Where the noising process is guided, in shares of it: 0 is clean, 1 is pure noise.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
         num_inference_steps: Steps of the solver.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
 
     Yields:
         float32 (b, H, W, 3) in [0, 1].
     """
+    sampling = speed_pipeline(pipeline, sampler)
     for start in range(0, len(class_rows), batch_size):
         rows = list(class_rows[start : start + batch_size])
         generators = [keyed_generator(seed, "image", first_image + start + index) for index in range(len(rows))]
-        result = pipeline(
+        result = sampling(
             class_labels=rows,
             generator=generators,
             guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
             num_inference_steps=num_inference_steps,
             output_type="np",
         )
         yield cast(Any, result).images
+
+
+def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDiTPipeline:
+    """The pipeline that samples with a learned variance and guides in part, around another one's parts.
+
+    Args:
+        pipeline: Any DiT pipeline; it keeps its own scheduler and shares its models.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
+    """
+    parts = dict(pipeline.components)
+    if sampler is not None:
+        parts["scheduler"] = make_sampler(sampler, pipeline)
+    elif isinstance(pipeline, SpeeDDiTPipeline):
+        return pipeline
+    # What a stock pipeline was given as id2label it has kept with every name on its own.
+    names = pipeline.config.get("id2label") or row_names_of(pipeline) or None
+    null = pipeline.config.get("null_class_id")
+    wrapped = SpeeDDiTPipeline(**parts, id2label=names, null_class_id=null)
+    wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return wrapped
 
 
 def class_samples(
