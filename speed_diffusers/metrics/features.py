@@ -66,10 +66,14 @@ class SmallClassifier(nn.Module):
         embedded: torch.Tensor = self.embedding(self.trunk(grey * 2 - 1))
         return embedded
 
+    def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (N, 64) and class logits (N, num_classes), in one pass, for images as `features` takes them."""
+        features = self.features(images)
+        return features, self.head(nn.functional.silu(features))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class logits (N, num_classes) for images as `features` takes them."""
-        logits: torch.Tensor = self.head(nn.functional.silu(self.features(images)))
-        return logits
+        return self.features_and_logits(images)[1]
 
 
 def _convolution(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
