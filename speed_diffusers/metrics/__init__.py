@@ -5,7 +5,6 @@ from .extractors import EXTRACTORS, FeatureExtractor, load_extractor
 from .features import (
     FEATURE_DIM,
     SmallClassifier,
-    extract_features,
     file_sha256,
     load_classifier,
 )
@@ -29,7 +28,6 @@ __all__ = [
     "SmallClassifier",
     "StatisticsAccumulator",
     "class_agreement_of",
-    "extract_features",
     "file_sha256",
     "frechet_distance",
     "kernel_distance",

@@ -39,11 +39,13 @@ class Metric:
 
     Attributes:
         function: From samples to numbers.
+        numbers: Their names.
         needs_features: Whether the reference must hold the features of its images, not only their statistics.
         least_images: Images needed, on both sides.
     """
 
     function: Callable[[Samples], Values]
+    numbers: tuple[str, ...]
     needs_features: bool = False
     least_images: int = 2
 
@@ -76,7 +78,13 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def register_metric(
-    name: str, *, summary: str, reference: str, needs_features: bool = False, least_images: int = 2
+    name: str,
+    *,
+    summary: str,
+    reference: str,
+    numbers: tuple[str, ...] | None = None,
+    needs_features: bool = False,
+    least_images: int = 2,
 ) -> Callable[[Callable[[Samples], Values]], Callable[[Samples], Values]]:
     """Decorator that adds a function from `Samples` to `Values` to `METRICS`.
 
@@ -84,12 +92,13 @@ def register_metric(
         name: Under which it is asked for.
         summary: One sentence for help texts.
         reference: Paper and equation.
+        numbers: Names of what it returns, if it is not one number of the metric's own name.
         needs_features: As in `Metric`.
         least_images: As in `Metric`.
     """
 
     def add(function: Callable[[Samples], Values]) -> Callable[[Samples], Values]:
-        metric = Metric(function, needs_features, least_images)
+        metric = Metric(function, numbers or (name,), needs_features, least_images)
         METRICS.register(name, summary=summary, reference=reference)(metric)
         return function
 

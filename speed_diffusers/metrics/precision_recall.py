@@ -38,6 +38,7 @@ class PrecisionRecall:
     "precision_recall",
     summary="Shares of images that look real, and of real ones that are covered; in [0, 1], higher is better.",
     reference="Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2, k = 3",
+    numbers=("precision", "recall"),
     needs_features=True,
     least_images=NEAREST + 1,
 )

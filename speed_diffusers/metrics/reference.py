@@ -17,9 +17,9 @@ from .statistics import FeatureStatistics
 HEADER_KEY = "feature_statistics"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
-    """What generated images are compared with.
+    """What generated images are compared with. References are equal if their hashes are; as objects they never are.
 
     Attributes:
         name: "embedded", or the name of the file.

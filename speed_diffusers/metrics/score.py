@@ -87,12 +87,15 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     longest = scheduler.config.num_train_timesteps
     if settings.num_inference_steps > longest:
         raise InputError(f"num_inference_steps={settings.num_inference_steps}: the model has {longest} timesteps.")
+    rows, table = _class_rows(pipeline, settings), pipeline.transformer.config.num_embeds_ada_norm
+    if not rows or min(rows) < 0 or max(rows) > table:
+        raise InputError(f"class_rows={rows}: must be rows of the label table, 0 to {table}.")
     resolution = pipeline.transformer.config.sample_size * vae_factor(pipeline.vae)
     _check_measurable(settings, resolution)
     guided = settings.guidance_scale != 1
     return Protocol(
         num_images=settings.num_images,
-        labels=labels_in_words(_class_rows(pipeline, settings)),
+        labels=labels_in_words(rows),
         sampler=type(scheduler).__name__,
         sampler_settings=sampler_settings(scheduler),
         num_inference_steps=settings.num_inference_steps,
