@@ -82,10 +82,11 @@ def files(folder: Path) -> list[str]:
 
 
 def with_seconds(run: Path) -> None:
-    """Gives the run's metrics the training time, ten seconds a step."""
+    """Gives the run's metrics the training time, ten seconds a step, at every second step."""
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, "seconds": 10.0 * line["step"]}) + "\n" for line in lines))
+    lines = [{**line, "seconds": 10.0 * line["step"]} for line in lines if line["step"] % 2 == 0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 14, "sec')
 
 
 def test_every_checkpoint_is_scored_once_and_drawn(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
@@ -93,13 +94,14 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
         InputError: Nothing is.
     """
     found = list_checkpoints(folder)
-    lines = read_metrics(folder / METRICS_FILE)
+    timed = [line for line in read_metrics(folder / METRICS_FILE) if "seconds" in line]
     global_batch = next((read_state(path)["global_batch"] for path in found if (path / STATE).is_file()), None)
 
     def place(checkpoint: Path | None, step: int) -> Place:
-        seconds = [line["seconds"] for line in lines if line["step"] <= step and "seconds" in line]
-        images_seen = None if global_batch is None else step * global_batch
-        return Place(checkpoint, step, images_seen, seconds[-1] if seconds else None)
+        # Not every step is logged.
+        known = [[0.0, *(line[key] for line in timed)] for key in ("step", "seconds")]
+        seconds = float(np.interp(step, *known)) if timed else None
+        return Place(checkpoint, step, None if global_batch is None else step * global_batch, seconds)
 
     places: dict[int, Place] = {}
     if _has_pipeline(folder) and weights == "ema":

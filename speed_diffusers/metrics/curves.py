@@ -91,5 +91,12 @@ def _decorate(axes: Axes, label: str, metric: str, values: Sequence[float | None
         axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel(METRIC_NAMES.get(metric, metric.replace("_", " ")))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if abs(value) < 1e5 else f"{value / 1e6:,.4g} M")
-    axes.grid(alpha=0.25)
+    axes.xaxis.set_major_formatter(lambda value, _: _short_number(value))
+    axes.grid(alpha=0.25, which="both")
+
+
+def _short_number(value: float) -> str:
+    """A number for an axis: 0.5, 800, 20 k, 1.2 M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g} M"
+    return f"{value / 1e3:g} k" if abs(value) >= 1e4 else f"{value:g}"
