@@ -12,10 +12,11 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.metrics import (
     FEATURE_DIM,
     SmallClassifier,
-    extract_features,
     file_sha256,
     frechet_distance,
     load_classifier,
+    load_extractor,
+    load_reference,
     load_reference_statistics,
     statistics_of,
 )
@@ -87,8 +88,8 @@ def test_accuracy_on_held_out_images_is_recorded_and_at_least_92_percent():
 def test_features_do_not_depend_on_the_batch_and_ignore_colour(sample):
     images, _ = sample
     classifier = load_classifier()
-    whole = torch.cat(list(extract_features(classifier, [images])))
-    parts = torch.cat(list(extract_features(classifier, images.split(50))))
+    whole = classifier.features(images)
+    parts = torch.cat([classifier.features(part) for part in images.split(50)])
     assert whole.shape == (256, FEATURE_DIM) and whole.dtype == torch.float32
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
     tinted = images * torch.tensor([0.5, 1.0, 1.5]).view(1, 3, 1, 1)
@@ -104,19 +105,41 @@ def test_features_of_real_images_are_about_standardised():
 def test_reference_belongs_to_the_shipped_classifier():
     reference, sha256 = load_reference_statistics(), file_sha256(ASSETS / "classifier.safetensors")
     report = json.loads((ASSETS / "reference_features.json").read_text())
-    assert reference.extractor_sha256 == sha256 == report["classifier_sha256"]
+    assert reference.extractor_sha256 == sha256 == report["extractor_sha256"]
     assert reference.count == report["images"] == 10_000
     assert report["reference_sha256"] == file_sha256(ASSETS / "reference_features.safetensors")
     assert reference.mean.dtype == reference.covariance.dtype == torch.float64
     assert reference.covariance.shape == (FEATURE_DIM, FEATURE_DIM)
 
 
+def test_the_reference_holds_the_features_behind_its_statistics():
+    reference = load_reference()
+    assert reference.features is not None and reference.features.dtype == torch.float16
+    assert (reference.name, reference.resolution) == ("embedded", 32)
+    assert reference.sha256 == file_sha256(ASSETS / "reference_features.safetensors")
+    again = statistics_of([reference.features.double()])
+    assert again.count == reference.statistics.count
+    # Half precision rounds features of about 1 by up to 5e-4; the statistics are of the full precision.
+    torch.testing.assert_close(again.mean, reference.statistics.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.covariance, reference.statistics.covariance, rtol=0, atol=1e-4)
+
+
+def test_the_floor_is_recorded():
+    report = json.loads((ASSETS / "reference_features.json").read_text())
+    real, decoded = report["training_images"], report["reconstructions"]
+    assert 0.09 < real["frechet_distance"] < 0.2 < decoded["frechet_distance"] < 0.8
+    assert real["kernel_distance"] < 0.001 < decoded["kernel_distance"] < 0.05
+    assert min(real["precision"], real["recall"]) > 0.8
+
+
 def test_distance_tells_real_images_from_blurred_and_noisy_ones(embedded):
     images = ImageDataset(embedded, resolution=32).__getitems__(list(range(2000)))["pixel_values"].float() / 255
     reference = load_reference_statistics()
 
+    extractor = load_extractor()
+
     def distance(changed: torch.Tensor) -> float:
-        return frechet_distance(statistics_of(extract_features(load_classifier(), changed.split(500))), reference)
+        return frechet_distance(statistics_of(extractor(part)[0] for part in changed.split(500)), reference)
 
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
@@ -148,7 +171,7 @@ def test_assets_stay_small():
         "train.parquet": 5.0,
         "pipeline/vae/diffusion_pytorch_model.safetensors": 1.5,
         "classifier.safetensors": 0.4,
-        "reference_features.safetensors": 0.05,
+        "reference_features.safetensors": 1.3,
     }
     sizes = {name: (ASSETS / name).stat().st_size / 2**20 for name in limits}
     assert all(sizes[name] < limit for name, limit in limits.items()), sizes
@@ -170,8 +193,6 @@ def test_wrong_input_is_named(tmp_path):
         classifier.features(torch.rand(4, 1, 32, 32))
     with pytest.raises(InputError, match="uint8"):
         classifier.features(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(InputError, match="training mode"):
-        next(extract_features(SmallClassifier(), [torch.rand(4, 3, 32, 32)]))
     with pytest.raises(InputError, match="No classifier at"):
         load_classifier(tmp_path / "missing.safetensors")
     with pytest.raises(InputError, match="holds no classifier"):

@@ -7,9 +7,11 @@ import torch
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.metrics import (
+    METRICS,
     FeatureStatistics,
     StatisticsAccumulator,
     frechet_distance,
+    load_reference,
     load_reference_statistics,
     save_statistics,
     statistics_of,
@@ -112,6 +114,36 @@ def test_statistics_survive_the_file(tmp_path):
     loaded = load_reference_statistics(tmp_path / "reference.safetensors")
     assert torch.equal(loaded.mean, statistics.mean) and torch.equal(loaded.covariance, statistics.covariance)
     assert (loaded.count, loaded.extractor_sha256) == (1000, "abc")
+
+
+def test_features_travel_with_their_statistics(tmp_path):
+    features = torch.randn(50, DIM, generator=torch.Generator().manual_seed(6))
+    path = tmp_path / "reference.safetensors"
+    save_statistics(statistics_of([features]), path, features=features, resolution=16)
+    loaded = load_reference(path)
+    assert (loaded.name, loaded.resolution, loaded.statistics.count) == ("reference.safetensors", 16, 50)
+    assert loaded.features is not None and torch.equal(loaded.features, features.half())
+    assert torch.equal(loaded.statistics.covariance, statistics_of([features]).covariance)
+    large = features * 1e5  # beyond half precision
+    save_statistics(statistics_of([large]), path, features=large)
+    loaded = load_reference(path)
+    assert loaded.features is not None and torch.equal(loaded.features, large) and loaded.resolution is None
+    with pytest.raises(InputError, match=r"features of shape \(49, 6\), but the statistics are of 50 images"):
+        save_statistics(statistics_of([features]), path, features=features[1:])
+
+
+def test_a_reference_without_features_still_loads_and_says_what_it_cannot_do(tmp_path):
+    path = tmp_path / "old.safetensors"
+    save_statistics(gaussian(torch.zeros(DIM), torch.eye(DIM)), path)
+    reference = load_reference(path)
+    assert reference.features is None and reference.resolution is None
+    METRICS["frechet_distance"].function.check("frechet_distance", 10, reference)
+    for name in ("kernel_distance", "precision_recall"):
+        with pytest.raises(InputError, match=f"metrics={name}: the reference 'old.safetensors' holds mean and cov"):
+            METRICS[name].function.check(name, 10, reference)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="holds no reference statistics"):
+        load_reference(tmp_path / "broken.safetensors")
 
 
 def test_wrong_input_is_named():

@@ -22,6 +22,7 @@ PIPELINE_FOLDER = "pipeline"
 LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
 LOGGING_FOLDER = "logs"
+SCORES_FOLDER = "scores"
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends; it must begin above."""
 
@@ -190,7 +191,7 @@ def open_output_dir(config: TrainConfig, accumulation: int, checkpoint: Path | N
 
 def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in its folder."""
-    for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER):
+    for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER, SCORES_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from run_folder import LOGGING_FOLDER
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.checkpoints import read_state
-from speed_diffusers.data.images import ImageSource
+from speed_diffusers.data.images import ImageSource, open_images
 from speed_diffusers.data.latents import check_resolution
 from speed_diffusers.data.order import BatchLayout
 from speed_diffusers.errors import InputError
@@ -21,6 +21,25 @@ from speed_diffusers.models import NULL_CLASS, TrainableDiT, build_dit, dit_conf
 from speed_diffusers.randomness import keyed_generator
 from speed_diffusers.train_config import TrainConfig
 from speed_diffusers.variance import LEARNED_RANGE, LearnedVariance
+
+
+def open_data(config: TrainConfig) -> ImageSource:
+    """The images to train on.
+
+    Raises:
+        InputError: There are none, or they cannot be read.
+    """
+    return open_images(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        split=config.dataset_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision,
+        max_train_samples=config.max_train_samples,
+    )
 
 
 def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.checkpoints import load_checkpoint, read_state
-from speed_diffusers.data.images import ImageDataset, ImageSource, collate, open_images
+from speed_diffusers.data.images import ImageDataset, ImageSource, collate
 from speed_diffusers.data.latents import LatentDataset, cache_latents, sample_latents, vae_fingerprint
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.draws import StepDraws
@@ -38,6 +38,7 @@ from training_parts import (
     make_learned_variance,
     make_model,
     make_scheduler,
+    open_data,
     set_learning_rate,
 )
 
@@ -148,17 +149,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     scheduler = make_scheduler(config)
     make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
-    source = open_images(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        split=config.dataset_split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        cache_dir=config.cache_dir,
-        revision=config.dataset_revision,
-        max_train_samples=config.max_train_samples,
-    )
+    source = open_data(config)
     choose_classes(config.validation_class_labels, embedding_row_names(source.label_names))
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     core = make_model(config, source, vae)

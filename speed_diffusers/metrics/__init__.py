@@ -1,31 +1,42 @@
-"""Distances between sets of images, measured in the features of a small classifier that ships with the package."""
+"""Distances between sets of images, in the features of a shipped classifier or of any module; scores and protocols."""
 
+from .agreement import class_agreement_of
+from .extractors import EXTRACTORS, FeatureExtractor, load_extractor
 from .features import (
     FEATURE_DIM,
     SmallClassifier,
-    extract_features,
     file_sha256,
     load_classifier,
 )
-from .frechet import (
-    FeatureStatistics,
-    StatisticsAccumulator,
-    frechet_distance,
-    load_reference_statistics,
-    save_statistics,
-    statistics_of,
-)
+from .frechet import frechet_distance
+from .kernel import kernel_distance
+from .metric import METRICS, Metric, Samples, register_metric
+from .precision_recall import PrecisionRecall, precision_recall
+from .reference import Reference, load_reference, load_reference_statistics, save_statistics
+from .statistics import FeatureStatistics, StatisticsAccumulator, statistics_of
 
 __all__ = [
+    "EXTRACTORS",
     "FEATURE_DIM",
+    "METRICS",
+    "FeatureExtractor",
     "FeatureStatistics",
+    "Metric",
+    "PrecisionRecall",
+    "Reference",
+    "Samples",
     "SmallClassifier",
     "StatisticsAccumulator",
-    "extract_features",
+    "class_agreement_of",
     "file_sha256",
     "frechet_distance",
+    "kernel_distance",
     "load_classifier",
+    "load_extractor",
+    "load_reference",
     "load_reference_statistics",
+    "precision_recall",
+    "register_metric",
     "save_statistics",
     "statistics_of",
 ]

@@ -1,7 +1,6 @@
 """A small image classifier whose penultimate features measure how close generated images are to real ones."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -66,10 +65,14 @@ class SmallClassifier(nn.Module):
         embedded: torch.Tensor = self.embedding(self.trunk(grey * 2 - 1))
         return embedded
 
+    def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (N, 64) and class logits (N, num_classes), in one pass, for images as `features` takes them."""
+        features = self.features(images)
+        return features, self.head(nn.functional.silu(features))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class logits (N, num_classes) for images as `features` takes them."""
-        logits: torch.Tensor = self.head(nn.functional.silu(self.features(images)))
-        return logits
+        return self.features_and_logits(images)[1]
 
 
 def _convolution(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
@@ -113,27 +116,6 @@ def load_classifier(path: str | Path | None = None, *, device: str | torch.devic
     classifier = SmallClassifier(num_classes=state["head.bias"].shape[0])
     classifier.load_state_dict(state)
     return classifier.float().eval().requires_grad_(False).to(device)
-
-
-@torch.no_grad()
-def extract_features(classifier: SmallClassifier, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Features of image batches, one batch at a time, so that any number of images fits in memory.
-
-    Args:
-        classifier: In evaluation mode, as `load_classifier` returns it.
-        batches: Batches (N, 3, H, W) in [0, 1], floating point, on any device.
-
-    Yields:
-        (N, 64) float32 features on the CPU for each batch.
-
-    Raises:
-        InputError: If the classifier is in training mode: batch statistics would leak between images.
-    """
-    if classifier.training:
-        raise InputError("The classifier is in training mode; call .eval() before extracting features.")
-    weight = classifier.head.weight
-    for batch in batches:
-        yield classifier.features(batch.to(device=weight.device, dtype=weight.dtype)).float().cpu()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,8 +1,11 @@
-"""The score of a pipeline and the protocol it was measured under; scores compare only under equal protocols."""
+"""The score of a pipeline: every metric of images that it generates, with the protocol they were measured under."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,117 +13,225 @@ from diffusers import DiTPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..embedded import SHIPPED_CLASSIFIER, SHIPPED_REFERENCE
-from ..sampling import generate
-from .features import file_sha256, load_classifier
-from .frechet import StatisticsAccumulator, frechet_distance, load_reference_statistics
+from .. import __version__
+from ..data.moments import vae_factor, vae_fingerprint
+from ..errors import InputError, unknown_name
+from ..models import NULL_CLASS
+from ..samplers import make_sampler
+from ..sampling import generate, row_names_of
+from .extractors import FeatureExtractor, load_extractor, state_sha256
+from .metric import METRICS, Samples
+from .precision_recall import NEAREST
+from .protocol import Protocol, labels_in_words, sampler_settings
+from .reference import Reference, load_reference
+from .score_record import Environment, Score
+from .statistics import StatisticsAccumulator
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """All that a score depends on besides the weights.
+class ScoreSettings:
+    """How to score a pipeline.
 
     Attributes:
-        num_images: Generated images; the Fréchet distance falls with it.
-        labels: How classes are given to images.
-        sampler: Class of the pipeline's scheduler.
+        num_images: Images to generate.
+        class_rows: Rows of the label table, given to the images in turn; None: all classes, or none where the
+            pipeline names none.
+        seed: Seed of the noise: image i has the same noise whatever is scored.
+        batch_size: Images generated at once; the score does not depend on it, but for rounding.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_channels: Latent channels that are guided, from the first; None: all.
+        guidance_interval: Where the noising process is guided, in shares of it: 0 is clean, 1 is pure noise.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
         num_inference_steps: Solver steps.
-        guidance_scale: Classifier-free guidance on all latent channels; 1 is none.
-        seed: Seed of the images' noise.
-        extractor_sha256: Hash of the feature extractor's file.
-        reference_sha256: Hash of the reference statistics' file.
+        weights: What the pipeline holds, "ema" or "model"; goes into the protocol.
+        metrics: Names in `METRICS`.
+        extractor: Makes the features.
+        reference: What the features are compared with.
     """
 
-    num_images: int
-    labels: str
-    sampler: str
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    extractor_sha256: str
-    reference_sha256: str
+    num_images: int = 2000
+    class_rows: Sequence[int] | None = None
+    seed: int = 0
+    batch_size: int = 100
+    guidance_scale: float = 1.0
+    guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    sampler: str | None = None
+    num_inference_steps: int = 50
+    weights: str = "ema"
+    metrics: Sequence[str] = field(default_factory=lambda: tuple(METRICS))
+    extractor: FeatureExtractor = field(default_factory=load_extractor)
+    reference: Reference = field(default_factory=load_reference)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Quality of generated images in the shipped classifier's features.
-
-    Attributes:
-        frechet_distance: To the 10,000 held-out images, in squared feature units; lower is better. Not an FID.
-        class_agreement: Share of images that the classifier takes for the class they were asked to be, in [0, 1].
-        protocol: How it was measured.
-    """
-
-    frechet_distance: float
-    class_agreement: float
-    protocol: Protocol
-
-    def to_dict(self) -> dict[str, object]:
-        """The score as JSON values."""
-        return asdict(self)
-
-
-@torch.no_grad()
-def score_pipeline(
-    pipeline: DiTPipeline,
-    *,
-    num_images: int = 2000,
-    num_classes: int = 10,
-    seed: int = 0,
-    batch_size: int = 100,
-    guidance_scale: float = 1.0,
-    num_inference_steps: int = 50,
-) -> Score:
-    """Generates images, classes in turn, and scores them against the shipped reference.
+def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
+    """The protocol under which `score_pipeline` would score, after checking that it could.
 
     Args:
-        pipeline: A pipeline of garments, classes 0 to num_classes - 1 in the shipped order.
-        num_images: Images to generate, at least 2.
-        num_classes: Classes to generate.
-        seed: Seed of the noise: image i has the same noise whatever is scored.
-        batch_size: Images generated at once.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        num_inference_steps: Solver steps.
+        pipeline: Any DiT pipeline.
+        settings: How to score it.
+
+    Raises:
+        InputError: What cannot be generated or measured so; nothing has been generated.
     """
-    classifier = load_classifier()
-    labels = [index % num_classes for index in range(num_images)]
-    statistics, agreeing = StatisticsAccumulator(), 0
+    for name, lowest in (
+        ("num_images", 2),
+        ("batch_size", 1),
+        ("num_inference_steps", 1),
+        ("guidance_scale", 1),
+        ("seed", 0),
+    ):
+        if getattr(settings, name) < lowest:
+            raise InputError(f"{name}={getattr(settings, name)}: must be at least {lowest}.")
+    scheduler: Any = pipeline.scheduler if settings.sampler is None else make_sampler(settings.sampler, pipeline)
+    longest = scheduler.config.num_train_timesteps
+    if settings.num_inference_steps > longest:
+        raise InputError(f"num_inference_steps={settings.num_inference_steps}: the model has {longest} timesteps.")
+    rows, table = _class_rows(pipeline, settings), pipeline.transformer.config.num_embeds_ada_norm
+    if not rows or min(rows) < 0 or max(rows) > table:
+        raise InputError(f"class_rows={rows}: must be rows of the label table, 0 to {table}.")
+    resolution = pipeline.transformer.config.sample_size * vae_factor(pipeline.vae)
+    _check_measurable(settings, resolution)
+    guided = settings.guidance_scale != 1
+    return Protocol(
+        num_images=settings.num_images,
+        labels=labels_in_words(rows),
+        sampler=type(scheduler).__name__,
+        sampler_settings=sampler_settings(scheduler),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_channels=settings.guidance_channels if guided else None,
+        guidance_interval=settings.guidance_interval if guided else (0.0, 1.0),
+        seed=settings.seed,
+        resolution=resolution,
+        weights=settings.weights,
+        vae_sha256=vae_fingerprint(pipeline.vae),
+        extractor=settings.extractor.name,
+        extractor_sha256=settings.extractor.sha256,
+        reference=settings.reference.name,
+        reference_sha256=settings.reference.sha256,
+        num_reference_images=settings.reference.statistics.count,
+        nearest=NEAREST,
+    )
+
+
+def _check_measurable(settings: ScoreSettings, resolution: int) -> None:
+    """Makes sure that images of this resolution can be measured against the reference."""
+    extractor, reference = settings.extractor, settings.reference
+    if reference.resolution not in (None, resolution):
+        raise InputError(
+            f"The reference '{reference.name}' is of {reference.resolution}x{reference.resolution} images, the "
+            f"pipeline makes {resolution}x{resolution}: make a reference with make_reference_statistics.py "
+            f"resolution={resolution}."
+        )
+    if reference.statistics.extractor_sha256 not in ("", extractor.sha256):
+        raise InputError(
+            f"The reference '{reference.name}' was made with another feature extractor than '{extractor.name}' "
+            f"({reference.statistics.extractor_sha256[:12]}, not {extractor.sha256[:12]})."
+        )
+    if not settings.metrics:
+        raise InputError(f"metrics is empty; allowed: {', '.join(METRICS)}.")
+    for name in settings.metrics:
+        if name not in METRICS:
+            raise unknown_name("metric", name, METRICS)
+        METRICS[name].function.check(name, settings.num_images, reference)
+    features, _ = extractor(torch.full((2, 3, resolution, resolution), 0.5))
+    needed = len(reference.statistics.mean)
+    if features.shape[1] != needed:
+        raise InputError(
+            f"feature_extractor={extractor.name} makes {features.shape[1]} features, the reference "
+            f"'{reference.name}' has {needed}."
+        )
+
+
+def score_pipeline(
+    pipeline: DiTPipeline, settings: ScoreSettings | None = None, *, description: str = "Scoring"
+) -> Score:
+    """Generates images, classes in turn, and measures them.
+
+    Args:
+        pipeline: Any DiT pipeline.
+        settings: How to score it; None: 2,000 images, 50 steps of the pipeline's own sampler, no guidance, in the
+            features of the shipped classifier against the shipped reference, which are of 32x32 garments.
+        description: Name of the progress bar.
+
+    Raises:
+        InputError: What cannot be generated or measured so; nothing has been generated.
+    """
+    settings = settings or ScoreSettings()
+    began = time.perf_counter()
+    protocol = make_protocol(pipeline, settings)
+    rows = _class_rows(pipeline, settings)
+    labels = [rows[index % len(rows)] for index in range(settings.num_images)]
+    statistics, features, predicted = StatisticsAccumulator(), list[Tensor](), list[Tensor]()
+    for images in _images(pipeline, labels, settings, description):
+        made, logits = settings.extractor(images)
+        statistics.update(made)
+        features.append(made)
+        predicted += [] if logits is None else [logits.argmax(1)]
+    samples = Samples(
+        features=torch.cat(features),
+        statistics=statistics.result(extractor_sha256=settings.extractor.sha256),
+        predicted=torch.cat(predicted) if predicted else None,
+        wanted=_wanted_classes(labels, row_names_of(pipeline), settings.extractor.classes),
+        reference=settings.reference,
+    )
+    values: dict[str, float | None] = {}
+    for name in settings.metrics:
+        values |= METRICS[name].function(samples)
+    environment = Environment(
+        torch=str(torch.__version__),
+        diffusers=diffusers.__version__,
+        speed_diffusers=__version__,
+        device=pipeline.transformer.device.type,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+    return Score(values, state_sha256(pipeline.transformer.state_dict()), protocol, environment)
+
+
+def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
+    """The rows of the label table that images take in turn."""
+    if settings.class_rows is not None:
+        return list(settings.class_rows)
+    return sorted(row_names_of(pipeline)) or [NULL_CLASS]
+
+
+def _wanted_classes(
+    labels: Sequence[int], row_names: Mapping[int, str], classes: Sequence[str] | None
+) -> Tensor | None:
+    """The extractor's class of each image (N,), by name where both sides name theirs; None where there is none."""
+    rows = set(labels)
+    if NULL_CLASS in rows:
+        return None
+    if classes is None or not row_names:
+        # Ids from 1000 up moved by one, since row 1000 is the null class.
+        ids = {row: row - (row > NULL_CLASS) for row in rows}
+    elif all(row_names.get(row) in classes for row in rows):
+        ids = {row: list(classes).index(row_names[row]) for row in rows}
+    else:
+        return None
+    return torch.tensor([ids[row] for row in labels])
+
+
+def _images(
+    pipeline: DiTPipeline, labels: Sequence[int], settings: ScoreSettings, description: str
+) -> Iterator[Tensor]:
+    """Batches of generated images, (B, 3, H, W) float32 in [0, 1], under a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
-    batches = generate(
-        pipeline,
-        labels,
-        seed=seed,
-        batch_size=batch_size,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-    )
-    for images, wanted in _with_labels(batches, labels, num_images):
-        features = classifier.features(images)
-        statistics.update(features)
-        agreeing += int((classifier(images).argmax(1) == wanted).sum())
-    extractor = file_sha256(SHIPPED_CLASSIFIER)
-    distance = frechet_distance(statistics.result(extractor_sha256=extractor), load_reference_statistics())
-    protocol = Protocol(
-        num_images=num_images,
-        labels=f"0..{num_classes - 1} in turn",
-        sampler=type(pipeline.scheduler).__name__,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        extractor_sha256=extractor,
-        reference_sha256=file_sha256(SHIPPED_REFERENCE),
-    )
-    return Score(distance, agreeing / num_images, protocol)
-
-
-def _with_labels(
-    batches: Iterator[npt.NDArray[np.float32]], labels: list[int], total: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as (B, 3, H, W) tensors with the labels they were made for, under a progress bar."""
-    done = 0
-    with tqdm(total=total, desc="Scoring", unit="image") as progress:
+    options: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in (
+            "seed",
+            "batch_size",
+            "guidance_scale",
+            "guidance_channels",
+            "guidance_interval",
+            "sampler",
+            "num_inference_steps",
+        )
+    }
+    batches: Iterator[npt.NDArray[np.float32]] = generate(pipeline, labels, **options)
+    with tqdm(total=len(labels), desc=description, unit="image") as progress:
         for batch in batches:
-            images = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
-            yield images, torch.tensor(labels[done : done + len(images)])
-            done += len(images)
-            progress.update(len(images))
+            yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+            progress.update(len(batch))

@@ -1,0 +1,167 @@
+"""Feature extractors by name: shipped, trained here, or any module of the user's."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..embedded import SHIPPED_CLASSIFIER
+from ..errors import InputError, unknown_name
+from ..registry import Registry
+from .features import file_sha256, load_classifier
+
+FASHION_MNIST = "fashion_mnist"
+
+Extraction = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+"""Float images (N, 3, H, W) in [0, 1] to features (N, D), or to these and logits (N, classes)."""
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """What turns images into features, with the identity that protocols and references know it by.
+
+    Attributes:
+        name: As the user gave it, without folders.
+        sha256: Hash of its weights, or of its source where it has none.
+        function: The extraction itself, in evaluation mode.
+        classes: Names of its classes in the order of its logits; None where nobody has named them.
+        device: Where its weights are.
+    """
+
+    name: str
+    sha256: str
+    function: Extraction
+    classes: Sequence[str] | None = None
+    device: torch.device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and, where it has classes, logits.
+
+        Args:
+            images: (N, 3, H, W), float32, in [0, 1], on any device.
+
+        Returns:
+            (N, D) and (N, classes) or None, float32, on the CPU.
+
+        Raises:
+            InputError: What came out has another shape, or is not finite.
+        """
+        result = self.function(images.to(self.device))
+        parts = list(result) if isinstance(result, tuple | list) else [result]
+        for part in parts:
+            if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(images):
+                found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise InputError(
+                    f"feature_extractor={self.name} made {found} of {len(images)} images; expected features "
+                    f"({len(images)}, D), or a pair of features and logits ({len(images)}, classes)."
+                )
+            if not bool(torch.isfinite(part).all()):
+                raise InputError(f"feature_extractor={self.name} made NaN or infinite values of finite images.")
+        if len(parts) not in (1, 2):
+            raise InputError(f"feature_extractor={self.name} made {len(parts)} tensors; expected one or a pair.")
+        features, *logits = (part.float().cpu() for part in parts)
+        return features, logits[0] if logits else None
+
+
+EXTRACTORS: Registry[Callable[[torch.device], FeatureExtractor]] = Registry("feature_extractor")
+"""Named extractors: functions from a device to the extractor on it."""
+
+
+@EXTRACTORS.register(
+    FASHION_MNIST,
+    summary="The shipped classifier of Fashion-MNIST: 64 features, 10 classes.",
+    reference="train_scripts/train_classifier.py; its quality is in assets/fashion_mnist/classifier.json",
+)
+def fashion_mnist(device: torch.device) -> FeatureExtractor:
+    """The shipped classifier."""
+    classes = json.loads(SHIPPED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
+    return _classifier(FASHION_MNIST, SHIPPED_CLASSIFIER, device, tuple(classes))
+
+
+def _classifier(
+    name: str, path: Path, device: torch.device, classes: tuple[str, ...] | None = None
+) -> FeatureExtractor:
+    classifier = load_classifier(path, device=device)
+    return FeatureExtractor(name, file_sha256(path), classifier.features_and_logits, classes, device)
+
+
+def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "cpu") -> FeatureExtractor:
+    """A feature extractor by name.
+
+    Args:
+        name: One of `EXTRACTORS`; a `.safetensors` file of `train_classifier.py`; or `package.module:attribute` or
+            `path/to/file.py:attribute`, a callable without arguments that returns a module or function as `Extraction`
+            describes it. A module is put into evaluation mode.
+        device: Where its weights go.
+
+    Raises:
+        InputError: No such name, file, module or attribute, or one that cannot be made.
+    """
+    device = torch.device(device)
+    if name.endswith(".safetensors"):
+        return _classifier(Path(name).name, Path(name), device)
+    if ":" not in name:
+        if name not in EXTRACTORS:
+            error = unknown_name(EXTRACTORS.kind, name, EXTRACTORS)
+            raise InputError(
+                f"{error} Or package.module:attribute, path/to/file.py:attribute, or a .safetensors file."
+            )
+        return EXTRACTORS[name].function(device)
+    place, _, attribute = name.rpartition(":")
+    module = _import(name, place)
+    maker = getattr(module, attribute, None)
+    if maker is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown_name(f"attribute of {place} (feature_extractor)", attribute, public)
+    try:
+        function = maker()
+    except Exception as error:  # whatever the user's code does wrong
+        raise InputError(f"feature_extractor={name}: calling it failed: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise InputError(
+            f"feature_extractor={name}: it returned {type(function).__name__}, expected a torch module or a function."
+        )
+    weights: dict[str, Tensor] = {}
+    if isinstance(function, nn.Module):
+        function = function.eval().requires_grad_(False).to(device)
+        weights = function.state_dict()
+    sha256 = state_sha256(weights) if weights else file_sha256(inspect.getsourcefile(module) or place)
+    return FeatureExtractor(f"{Path(place).name}:{attribute}", sha256, function, device=device)
+
+
+def _import(name: str, place: str) -> ModuleType:
+    """The module at a dotted name or in a file."""
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None and spec.loader is not None  # the name ends in .py
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except FileNotFoundError as error:
+        raise InputError(f"feature_extractor={name}: there is no file {place}.") from error
+    except ModuleNotFoundError as error:
+        hint = " A file is named path/to/file.py:attribute." if "." not in place else ""
+        raise InputError(f"feature_extractor={name}: {error}.{hint}") from error
+    except Exception as error:  # whatever the user's code does wrong
+        raise InputError(f"feature_extractor={name}: importing it failed: {type(error).__name__}: {error}") from error
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 over the names, types, shapes and bytes of a state dict; the order does not matter."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # Through bytes, because numpy has no bfloat16.
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
