@@ -1,0 +1,22 @@
+"""Training runs of benchmarks that compare what is learned: started once, gone on with after a stop."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "train_scripts" / "train_dit_speed.py"
+
+
+def trained_run(folder: Path, **settings: object) -> Path:
+    """Trains in a folder, or goes on there, unless the run is done; returns the folder.
+
+    Args:
+        folder: Of the run.
+        settings: Options of the training script.
+    """
+    if (folder / "pipeline").is_dir():
+        return folder
+    settings |= {"output_dir": folder, "resume_from_checkpoint": "latest"}
+    subprocess.run([sys.executable, TRAIN, *(f"{key}={value}" for key, value in settings.items())], check=True)
+    return folder
