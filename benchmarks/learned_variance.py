@@ -4,10 +4,9 @@
     python benchmarks/learned_variance.py seeds=1    # a part, so that parts can run side by side
     python benchmarks/learned_variance.py report_only=true
 
-Trains the quickstart's model with epsilon prediction and SpeeD, once with a learned variance and once without, from the
-same initial weights of what they share, with the same data, noise and timesteps. Scores each in 250 steps of the
-ancestral sampler (with the learned variance, or the posterior's) and of DDIM, without guidance. Results:
-learned_variance/*.json, a table and a picture beside this file.
+Trains the quickstart's model with epsilon prediction and SpeeD, once with a learned variance and once without, on the
+same data, noise and timesteps. Scores each in 250 steps of the ancestral sampler (with the learned variance, or the
+posterior's) and of DDIM, without guidance. Results: learned_variance/*.json, a table and a picture beside this file.
 """
 
 import json

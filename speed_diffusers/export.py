@@ -73,6 +73,21 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def add_to_sidecar(folder: Path, values: Mapping[str, Any]) -> None:
+    """Adds to the sidecar file of a saved pipeline, or replaces there, whole or not at all.
+
+    Args:
+        folder: The pipeline's.
+        values: JSON values.
+    """
+    temporary = folder / f".tmp-{SIDECAR}-{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps({**json.loads((folder / SIDECAR).read_text()), **values}, indent=1))
+        temporary.replace(folder / SIDECAR)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def forget_paths(folder: Path) -> None:
     """Takes out of a saved pipeline where its parts were loaded from: paths of the machine that trained it."""
     for config in (*folder.glob("model_index.json"), *folder.glob("*/*config.json")):

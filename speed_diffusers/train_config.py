@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .embedded import EMBEDDED
+from .metrics.extractors import FASHION_MNIST
 from .models import MODEL_NAMES
 from .objective import PREDICTION_TYPES
+from .samplers import SAMPLERS
 from .timesteps import DENSITIES
 from .variance import VARIANCE_TYPES
 from .weightings import WEIGHTINGS
@@ -101,12 +104,20 @@ class TrainConfig:
     allow_tf32: bool = option(True, "Let NVIDIA GPUs round float32 matrix products to TF32.")
     seed: int = option(0, "Seed of everything random.")
 
-    # Samples during and after training
+    # Samples during training, samples and score after it
     validation_steps: int | None = option(None, "Draw a grid of samples every so many steps; None: never.", free=True)
     validation_class_labels: list[str] = option([], "Its classes, names or ids; empty: the first 10.", free=True)
     num_validation_images: int = option(8, "Images a class in the grid.", free=True)
     guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", free=True)
-    num_inference_steps: int = option(50, "Solver steps of the grid.", free=True)
+    sampler: str | None = option(None, "Of grid and score; None: DDIM.", choices=SAMPLERS, free=True)
+    num_inference_steps: int = option(50, "Solver steps of grid and score.", free=True)
+    num_score_images: int | None = option(None, "Score the result with so many images; None: no score.", free=True)
+    score_reference: str = option(
+        EMBEDDED, "What they are held against: 'embedded', or a file of make_reference_statistics.py.", free=True
+    )
+    feature_extractor: str = option(
+        FASHION_MNIST, "What they are seen with: fashion_mnist, or module:attribute as for evaluate.py.", free=True
+    )
 
     # Output
     output_dir: str = option("runs/dit_speed", "Folder of the run.", free=True)

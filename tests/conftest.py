@@ -83,6 +83,7 @@ def tiny_options(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path: 
         "logging_steps=1",
         "checkpointing_steps=5",
         "num_validation_images=2",
+        "num_score_images=None",
         "num_inference_steps=2",
         "report_to=[]",
     ]

@@ -19,6 +19,7 @@ from speed_diffusers.checkpoint_folders import list_checkpoints
 from speed_diffusers.checkpoints import read_state
 from speed_diffusers.data.order import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
+from speed_diffusers.metrics.score_record import load_score
 from speed_diffusers.profiling import OperationCounter
 from train_dit_speed import main
 
@@ -121,7 +122,7 @@ def digest(folder: Path, step: int) -> str:
 
 def test_resume_is_exact_on_the_quickstart(cache_dir: Path, tmp_path: Path) -> None:
     short = ["max_train_steps=6", "checkpointing_steps=3", "lr_warmup_steps=2", "logging_steps=1", "report_to=[]"]
-    short += [f"cache_dir={cache_dir}", "num_validation_images=1", "num_inference_steps=1"]
+    short += [f"cache_dir={cache_dir}", "num_validation_images=1", "num_inference_steps=1", "num_score_images=20"]
     main([*short, f"output_dir={tmp_path / 'whole'}"])
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoint-6")
@@ -131,6 +132,15 @@ def test_resume_is_exact_on_the_quickstart(cache_dir: Path, tmp_path: Path) -> N
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     seconds = [read_state(tmp_path / "broken" / f"checkpoint-{step}")["seconds"] for step in (3, 6)]
     assert 0 < seconds[0] < seconds[1], "the time of both parts together"
+    (file,) = (tmp_path / "whole" / "scores").iterdir()
+    record = load_score(file)
+    assert (record.step, record.images_seen, record.score.protocol.num_images) == (6, 384, 20)
+    assert record.training_seconds is not None and record.score.frechet_distance is not None
+    assert all(value is not None for value in record.score.values.values())
+    sidecar = json.loads((tmp_path / "whole" / "pipeline" / "speed_training.json").read_text())
+    assert sidecar["score"]["frechet_distance"] == record.score.frechet_distance
+    again = load_score(tmp_path / "broken" / "scores" / file.name)
+    assert again.score == record.score, "the same weights, the same images"
 
 
 def test_a_learned_variance_is_trained_saved_and_drawn_with(tiny_options: list[str]) -> None:

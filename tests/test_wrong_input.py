@@ -51,6 +51,8 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("speed_k=0.5", "speed_k=0.5: must be a finite number of at least 1"),
         ("speed_r=1", "speed_r=1.0: must be a finite number above 1"),
         ("model=DiT-XL/3", "Unknown model 'DiT-XL/3'. Did you mean 'DiT-XL/"),
+        ("num_score_images=1", "num_score_images=1: must be at least 2"),
+        ("sampler=ddmp", "Unknown sampler 'ddmp'.*Did you mean 'ddpm'"),
         ("variance_type=learned", "Unknown variance_type 'learned'.*Did you mean 'learned_range'"),
         (
             "weight_variance_loss=true",
@@ -107,6 +109,20 @@ def test_fine_tuning_keeps_whether_a_variance_is_learned(tiny_options: list[str]
         "its out_channels is 4, but resolution=32, variance_type=learned_range and the VAE need 8",
         tmp_path / "run",
     )
+
+
+def test_a_score_that_could_not_be_measured(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [option for option in tiny_options if not option.startswith("num_score_images")]
+    fails([*options, "num_score_images=20"], "is of the shipped garments, not of these images", tmp_path / "run")
+    shipped = ["dataset_name=embedded", "pretrained_vae_model_name_or_path=embedded", f"output_dir={tmp_path / 'run'}"]
+    for wrong, message in (
+        (["score_reference=nowhere.safetensors"], "nowhere.safetensors"),
+        (["feature_extractor=no_module:thing"], "no_module"),
+        (["num_score_images=3"], "num_images=3"),
+        (["resolution=64"], "The reference .* is of 32x32 images"),
+    ):
+        AcceleratorState._reset_state()
+        fails([*shipped, *wrong], message, tmp_path / "run")
 
 
 def test_a_schedule_without_signal_learns_no_variance_of_epsilon(tiny_options: list[str], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def check_numbers(config: TrainConfig) -> None:
         "checkpoints_total_limit": 1,
         "adam_weight_decay": 0,
         "max_train_samples": 1,
+        "num_score_images": 2,
     }
     for name, lowest in at_least.items():
         value = getattr(config, name)

@@ -4,13 +4,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import speed_diffusers
-from run_folder import ERRORS_FILE, METRICS_FILE, PIPELINE_FOLDER, SAMPLES_FILE, VALIDATION_FOLDER, repeatable
+from run_folder import (
+    ERRORS_FILE,
+    METRICS_FILE,
+    PIPELINE_FOLDER,
+    SAMPLES_FILE,
+    SCORES_FOLDER,
+    VALIDATION_FOLDER,
+    repeatable,
+)
 from speed_diffusers.checkpoint_folders import prune_checkpoints
 from speed_diffusers.checkpoints import full_tensors, save_checkpoint
 from speed_diffusers.config import config_dict
+from speed_diffusers.embedded import EMBEDDED
 from speed_diffusers.error_bins import ErrorHistory
-from speed_diffusers.export import embedding_row_names, inference_pipeline, save_pipeline
+from speed_diffusers.errors import InputError
+from speed_diffusers.export import add_to_sidecar, embedding_row_names, inference_pipeline, save_pipeline
+from speed_diffusers.metrics import load_extractor, load_reference
+from speed_diffusers.metrics.score import ScoreSettings, check_measurable, score_pipeline
+from speed_diffusers.metrics.score_record import save_score
 from speed_diffusers.models import export_transformer
 from speed_diffusers.plots import mosaic, save_class_grid, save_error_map
 from speed_diffusers.profiling import labelled
@@ -116,7 +131,45 @@ def save_results(run: "TrainingRun") -> None:
             f"Saved {run.output_dir / PIPELINE_FOLDER} and {run.output_dir / SAMPLES_FILE} "
             f"in {time.perf_counter() - began:.0f} s."
         )
+        if config.num_score_images is not None:
+            save_final_score(run, pipeline)
     run.accelerator.wait_for_everyone()
+
+
+def score_settings(config: TrainConfig, device: torch.device) -> ScoreSettings:
+    """How a run is scored at its end: without guidance, all classes in turn.
+
+    Raises:
+        InputError: No such extractor or reference, or they do not fit the images of the run.
+    """
+    if config.score_reference == EMBEDDED and config.dataset_name != EMBEDDED:
+        raise InputError(
+            f"num_score_images={config.num_score_images}: score_reference=embedded is of the shipped garments, not of "
+            "these images; give a file of make_reference_statistics.py, or num_score_images=None for no score."
+        )
+    settings = ScoreSettings(
+        num_images=config.num_score_images or 0,
+        batch_size=config.vae_batch_size,
+        sampler=config.sampler,
+        num_inference_steps=config.num_inference_steps,
+        extractor=load_extractor(config.feature_extractor, device=device),
+        reference=load_reference(config.score_reference),
+    )
+    check_measurable(settings, config.resolution)
+    return settings
+
+
+def save_final_score(run: "TrainingRun", pipeline: "DiTPipeline") -> None:
+    """Scores the result: to `scores/`, into the pipeline's sidecar file, to the trackers and to the screen."""
+    step = run.config.max_train_steps
+    score = score_pipeline(pipeline, score_settings(run.config, run.accelerator.device))
+    images_seen = step * run.layout.global_batch
+    save_score(score, run.output_dir / SCORES_FOLDER, step=step, images_seen=images_seen, seconds=run.seconds)
+    add_to_sidecar(run.output_dir / PIPELINE_FOLDER, {"score": score.to_dict()})
+    numbers = {name: value for name, value in score.values.items() if value is not None}
+    run.accelerator.log({f"score/{name}": value for name, value in numbers.items()}, step=step)
+    words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+    print(f"Score: {words} ({score.protocol.in_words()}).")
 
 
 def averaged_pipeline(run: "TrainingRun") -> "DiTPipeline":
@@ -139,6 +192,7 @@ def draw_grid(run: "TrainingRun", pipeline: "DiTPipeline", path: Path, title: st
         seed=config.seed,
         batch_size=config.vae_batch_size,
         guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
         num_inference_steps=config.num_inference_steps,
     )
     save_class_grid(images, list(rows.values()), title, path)

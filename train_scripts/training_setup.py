@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
+from run_results import score_settings
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.checkpoints import load_checkpoint, read_state
 from speed_diffusers.data.images import ImageDataset, ImageSource, collate
@@ -153,6 +154,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
     choose_classes(config.validation_class_labels, embedding_row_names(source.label_names))
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     core = make_model(config, source, vae)
+    if config.num_score_images is not None:
+        score_settings(config, torch.device("cpu"))
     accelerator = make_accelerator(config)
     layout = make_layout(config, accelerator, checkpoint)
     check_same_step(accelerator, checkpoint)
