@@ -1,6 +1,8 @@
 """The score of a pipeline, its protocol and its file."""
 
+import importlib
 import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,15 @@ def test_a_number_of_a_known_distribution_reaches_the_score(pipeline: DiTPipelin
     values = score_pipeline(pipeline, replace(settings, extractor=extractor, reference=small)).values
     assert (values["precision"], values["recall"]) == (1.0, 1.0)
     assert torch.isfinite(torch.tensor(values["frechet_distance"]))
+
+
+def test_the_committed_comparison_can_still_be_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Its scores hold the protocol of their time.
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    comparison = importlib.import_module("speed_vs_uniform")
+    committed = comparison.RESULTS
+    shutil.copytree(committed, tmp_path / "results")
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path / "results")
+    table = comparison.report(comparison.BenchmarkConfig())
+    assert table == (committed / "table.md").read_text().rstrip()
