@@ -50,7 +50,9 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["speed_diffusers", "speed_diffusers.*"]),
+    packages=[*find_packages(include=["speed_diffusers", "speed_diffusers.*"]), "speed_diffusers.pipelines"],
+    # They stand at the top because each is a file to be used by itself, as diffusers' custom_pipeline.
+    package_dir={"speed_diffusers.pipelines": "pipelines"},
     package_data={"speed_diffusers": ["py.typed", "assets/**"]},
     install_requires=CORE,
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "dev": DEV},

@@ -9,12 +9,13 @@ from diffusers.utils import logging as diffusers_logging
 
 from .embedded import EMBEDDED, EMBEDDED_PIPELINE
 from .errors import InputError
+from .pipelines import SpeeDDiTPipeline
 
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
 
-def load_pipeline(name: str, *, revision: str | None = None) -> DiTPipeline:
-    """A stock pipeline by name, in float32.
+def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline:
+    """A pipeline by name, in float32: the stock one with a learned variance and more ways to guide.
 
     Args:
         name: "embedded", the folder of a run (its `pipeline/` is taken) or of a pipeline, or a Hub id.
@@ -32,7 +33,7 @@ def load_pipeline(name: str, *, revision: str | None = None) -> DiTPipeline:
     place = str(folder) if folder.exists() else name
     try:
         DiTPipeline.load_config(place, revision=revision)
-        return DiTPipeline.from_pretrained(
+        return SpeeDDiTPipeline.from_pretrained(
             place,
             revision=revision,
             # Loaded here, because a pipeline would fill weights that its files lack with random numbers.

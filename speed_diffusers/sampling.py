@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from diffusers import DiTPipeline
 
-from .errors import InputError, unknown_name
+from .errors import unknown_name
 from .models import NULL_CLASS
+from .pipelines import SpeeDDiTPipeline
 from .randomness import keyed_generator
 from .samplers import make_sampler
 
@@ -48,22 +49,43 @@ def generate(
     Yields:
         float32 (b, H, W, 3) in [0, 1].
     """
-    if (guidance_channels, tuple(guidance_interval)) != (None, (0.0, 1.0)):
-        raise InputError("The stock pipeline guides all channels, everywhere.")
-    if sampler is not None:
-        pipeline = DiTPipeline(**{**pipeline.components, "scheduler": make_sampler(sampler, pipeline)})
-        pipeline.set_progress_bar_config(disable=True)
+    sampling = speed_pipeline(pipeline, sampler)
     for start in range(0, len(class_rows), batch_size):
         rows = list(class_rows[start : start + batch_size])
         generators = [keyed_generator(seed, "image", first_image + start + index) for index in range(len(rows))]
-        result = pipeline(
+        result = sampling(
             class_labels=rows,
             generator=generators,
             guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
             num_inference_steps=num_inference_steps,
             output_type="np",
         )
         yield cast(Any, result).images
+
+
+def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDiTPipeline:
+    """The pipeline that samples with a learned variance and guides in part, around another one's parts.
+
+    Args:
+        pipeline: Any DiT pipeline; it keeps its own scheduler and shares its models.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
+    """
+    parts = dict(pipeline.components)
+    if sampler is not None:
+        parts["scheduler"] = make_sampler(sampler, pipeline)
+    elif isinstance(pipeline, SpeeDDiTPipeline):
+        return pipeline
+    # What a stock pipeline was given as id2label it has kept with every name on its own.
+    names = pipeline.config.get("id2label") or row_names_of(pipeline) or None
+    null = pipeline.config.get("null_class_id")
+    wrapped = SpeeDDiTPipeline(**parts, id2label=names, null_class_id=null)
+    wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return wrapped
 
 
 def class_samples(

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 import speed_diffusers
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_FILES = sorted((ROOT / "speed_diffusers").rglob("*.py"))
+LIBRARY_FILES = sorted(path for top in ("speed_diffusers", "pipelines") for path in (ROOT / top).rglob("*.py"))
 SCRIPT_FILES = sorted((ROOT / "train_scripts").rglob("*.py"))
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 

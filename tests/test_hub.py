@@ -10,11 +10,13 @@ from diffusers import DDIMScheduler, DiTPipeline
 from speed_diffusers.embedded import EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
 from speed_diffusers.hub import load_pipeline, load_transformer, load_vae
+from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 
-def test_the_shipped_pipeline_is_stock_and_knows_its_garments() -> None:
+def test_the_shipped_pipeline_opens_and_knows_its_garments() -> None:
     pipeline = load_pipeline("embedded")
-    assert type(pipeline) is DiTPipeline and type(pipeline.scheduler) is DDIMScheduler
+    assert type(pipeline) is SpeeDDiTPipeline and isinstance(pipeline, DiTPipeline)
+    assert type(pipeline.scheduler) is DDIMScheduler
     assert pipeline.labels["Sneaker"] == 7 and len(pipeline.labels) == 10
     assert pipeline.transformer.dtype == torch.float32
 

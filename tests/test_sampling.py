@@ -65,7 +65,7 @@ def test_class_guidance_and_seed_matter(pipeline: DiTPipeline) -> None:
 def test_images_are_made_when_asked_for(pipeline: DiTPipeline) -> None:
     batches = generate(pipeline, [*ROWS, -1, -1], batch_size=5, num_inference_steps=1)
     assert next(batches).shape == (5, 16, 16, 3)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="class_labels=-1: allowed is rows of the label table, 0 to 1000"):
         next(batches)  # the rows of the second batch do not exist
 
 
