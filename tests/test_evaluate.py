@@ -176,6 +176,17 @@ def test_an_interrupted_evaluation_goes_on_and_damage_is_measured_anew(run: Path
     assert generated == [8]
 
 
+def test_scores_go_with_the_run_that_is_overwritten(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    evaluate.main([f"models={tmp_path / 'old'}", *QUICK])
+    assert load_scores(tmp_path / "old" / "scores")
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    short = ["max_train_steps=1", "lr_warmup_steps=0", "overwrite_output_dir=true", f"output_dir={tmp_path / 'old'}"]
+    train_dit_speed.main([f"config={trained / 'config.yaml'}", *short])
+    assert not (tmp_path / "old" / "scores").exists()
+
+
 def test_metrics_can_be_added_later(run: Path, generated: list[int]) -> None:
     evaluate.main(["models=run", "metrics=frechet_distance", *FEW])
     evaluate.main(["models=run", "metrics=precision_recall", *FEW])
