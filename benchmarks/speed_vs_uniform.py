@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from measurement import commit
 from speed_diffusers.config import load_config
 from speed_diffusers.hub import load_pipeline
-from speed_diffusers.metrics.score import score_pipeline
+from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.train_config import option
 
@@ -72,7 +72,7 @@ def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
         return
     at_commit = commit()
     pipeline = load_pipeline(str(train(arm, seed, config)))
-    score = score_pipeline(pipeline, num_images=config.num_images)
+    score = score_pipeline(pipeline, ScoreSettings(num_images=config.num_images))
     result = {
         "arm": arm,
         "seed": seed,

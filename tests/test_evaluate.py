@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import make_reference_statistics
 import train_dit_speed
 from models_to_score import put_weights
 from speed_diffusers.errors import InputError
@@ -175,6 +176,17 @@ def test_an_interrupted_evaluation_goes_on_and_damage_is_measured_anew(run: Path
     assert generated == [8]
 
 
+def test_scores_go_with_the_run_that_is_overwritten(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    evaluate.main([f"models={tmp_path / 'old'}", *QUICK])
+    assert load_scores(tmp_path / "old" / "scores")
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    short = ["max_train_steps=1", "lr_warmup_steps=0", "overwrite_output_dir=true", f"output_dir={tmp_path / 'old'}"]
+    train_dit_speed.main([f"config={trained / 'config.yaml'}", *short])
+    assert not (tmp_path / "old" / "scores").exists()
+
+
 def test_metrics_can_be_added_later(run: Path, generated: list[int]) -> None:
     evaluate.main(["models=run", "metrics=frechet_distance", *FEW])
     evaluate.main(["models=run", "metrics=precision_recall", *FEW])
@@ -209,6 +221,25 @@ def test_what_is_no_run_is_scored_into_the_working_folder(run: Path) -> None:
     assert (record.step, record.images_seen) == (3000, None)
     assert (protocol.labels, protocol.guidance_scale) == ("7..8 in turn", 1.5)
     assert (protocol.sampler, protocol.sampler_settings["solver_order"]) == ("DPMSolverMultistepScheduler", 2)
+
+
+def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_folder: Path) -> None:
+    Path("own.py").write_text(
+        "import torch\nmaker = lambda: torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())\n"
+    )
+    data = [f"train_data_dir={image_folder}", f"validation_data_dir={image_folder}", "vae=None"]
+    for stored in ("true", "false"):
+        options = ["feature_extractor=own.py:maker", f"store_features={stored}", f"output_dir={stored}"]
+        make_reference_statistics.main([*data, *options])
+    floor = json.loads(Path("true/reference_features.json").read_text())["training_images"]
+    assert (floor["precision"], floor["recall"]) == (1.0, 1.0) and abs(floor["frechet_distance"]) < 1e-9
+    assert "precision" not in json.loads(Path("false/reference_features.json").read_text())["training_images"]
+    options = ["models=run", "feature_extractor=own.py:maker", *FEW]
+    evaluate.main([*options, "reference=true/reference_features.safetensors"])
+    (record,) = load_scores(run / "scores")
+    assert record.score.protocol.extractor == "own.py:maker" and len(record.score.values) == 5
+    evaluate.main([*options, "reference=false/reference_features.safetensors", "metrics=frechet_distance"])
+    assert len(load_scores(run / "scores")) == 2, "another reference, another protocol"
 
 
 def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog: pytest.LogCaptureFixture) -> None:

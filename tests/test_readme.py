@@ -13,8 +13,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import UNet2DModel
 
+import evaluate
+import make_reference_statistics
 import sample
 import train_dit_speed
+from speed_diffusers.metrics.score_record import load_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -73,6 +76,30 @@ def test_the_sampling_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (options,) = arguments_of("sample.py")
     sample.main([*options, "num_inference_steps=2", "num_images_per_class=1"])
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_the_scoring_commands_score(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "speed_diffusers" / "assets" / "fashion_mnist" / "pipeline"
+    for run in ("quickstart", "mine"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "pipeline").symlink_to(shipped)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    for name in ("images", "held_out"):
+        (tmp_path / "path" / "to" / name).symlink_to(image_folder)
+    maker = "extractor = lambda: lambda images: images.mean(dim=(2, 3))\n"
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "features.py").write_text(maker)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    few = ["num_images=6", "num_inference_steps=2"]
+    shipped_features, own_features = arguments_of("evaluate.py")
+    evaluate.main([*shipped_features, *few])
+    (reference,) = arguments_of("make_reference_statistics.py")
+    make_reference_statistics.main(["resolution=32" if "resolution" in part else part for part in reference])
+    evaluate.main([*own_features, *few])
+    for run, extractor in (("runs_quickstart", "fashion_mnist"), ("runs_mine", "my_package.features:extractor")):
+        (record,) = load_scores(tmp_path / "scores" / run)
+        assert record.score.protocol.extractor == extractor and len(record.score.values) == 5
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -1,6 +1,8 @@
 """The score of a pipeline, its protocol and its file."""
 
+import importlib
 import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from speed_diffusers.metrics.protocol import (
 )
 from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pipeline
 from speed_diffusers.metrics.score_record import Environment, Score, ScoreRecord, load_score, load_scores, save_score
-from speed_diffusers.models import NULL_CLASS
 
 FEW = ScoreSettings(num_images=20, num_inference_steps=2)
 
@@ -67,7 +68,7 @@ def test_the_same_noise_gives_the_same_score_whatever_the_batch(pipeline: DiTPip
     assert replace(one, values={}) == replace(other, values={}), "the time is no part of it"
 
 
-def test_the_protocol_tells_all_that_a_score_depends_on(protocol: Protocol) -> None:
+def test_the_protocol_tells_all_that_a_score_depends_on(pipeline: DiTPipeline, protocol: Protocol) -> None:
     assert (protocol.sampler, protocol.num_inference_steps, protocol.seed) == ("DDIMScheduler", 50, 0)
     assert protocol.sampler_settings["timestep_spacing"] == "leading"
     assert (protocol.labels, protocol.resolution, protocol.weights) == ("0..9 in turn", 32, "ema")
@@ -78,6 +79,8 @@ def test_the_protocol_tells_all_that_a_score_depends_on(protocol: Protocol) -> N
     )
     assert {len(getattr(protocol, name)) for name in ("vae_sha256", "extractor_sha256", "reference_sha256")} == {64}
     assert Protocol.from_dict(json.loads(json.dumps(protocol.compared() | {"reference": "embedded"}))) == protocol
+    ancestral = make_protocol(pipeline, ScoreSettings(sampler="ddpm"))
+    assert (ancestral.sampler, ancestral.sampler_settings["variance_type"]) == ("DDPMScheduler", "fixed_small")
     assert "2,000 images of 32x32 (0..9 in turn), DDIM 50 steps, no guidance, ema weights" in protocol.in_words()
 
 
@@ -119,7 +122,7 @@ def test_every_part_of_a_protocol_counts_but_the_name_of_the_reference(protocol:
 def test_labels_in_words() -> None:
     assert labels_in_words(range(10)) == "0..9 in turn"
     assert labels_in_words([3, 5, 6, 7, 1]) == "3, 5..7, 1 in turn"
-    assert labels_in_words([NULL_CLASS]) == "no class"
+    assert labels_in_words([4]) == "4 in turn"
 
 
 def test_agreement_goes_by_name_and_without_names_by_number(pipeline: DiTPipeline) -> None:
@@ -144,6 +147,10 @@ def test_wrong_rows_are_named(pipeline: DiTPipeline) -> None:
     for rows in ((1001,), (-1,), ()):
         with pytest.raises(InputError, match="must be rows of the label table, 0 to 1000"):
             make_protocol(pipeline, ScoreSettings(class_rows=rows))
+    with pytest.raises(InputError, match=r"guidance_channels=5: must lie in \[1, 4\]"):
+        make_protocol(pipeline, ScoreSettings(guidance_channels=5))
+    with pytest.raises(InputError, match=r"guidance_interval=0.8,0.1: must be two numbers in \[0, 1\]"):
+        make_protocol(pipeline, ScoreSettings(guidance_interval=(0.8, 0.1)))
     with pytest.raises(InputError, match="seed=-1: must be at least 0"):
         make_protocol(pipeline, ScoreSettings(seed=-1))
     with pytest.raises(InputError, match="Unknown metric 'frechet'. Did you mean 'frechet_distance'"):
@@ -218,3 +225,15 @@ def test_a_number_of_a_known_distribution_reaches_the_score(pipeline: DiTPipelin
     values = score_pipeline(pipeline, replace(settings, extractor=extractor, reference=small)).values
     assert (values["precision"], values["recall"]) == (1.0, 1.0)
     assert torch.isfinite(torch.tensor(values["frechet_distance"]))
+
+
+def test_the_committed_comparison_can_still_be_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Its scores hold the protocol of their time.
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    comparison = importlib.import_module("speed_vs_uniform")
+    committed = comparison.RESULTS
+    shutil.copytree(committed, tmp_path / "results")
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path / "results")
+    table = comparison.report(comparison.BenchmarkConfig())
+    assert table == (committed / "table.md").read_text().rstrip()

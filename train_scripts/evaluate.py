@@ -74,7 +74,6 @@ def main(argv: list[str]) -> None:
     Raises:
         InputError: Wrong options; nothing has been generated.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     config = load_config(EvaluateConfig, argv, Path(__file__).resolve().parent)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     settings = read_settings(config, device or torch.device("cpu"))

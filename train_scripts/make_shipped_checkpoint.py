@@ -17,7 +17,7 @@ from speed_diffusers.embedded import EMBEDDED, EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
 from speed_diffusers.export import SIDECAR, forget_paths
 from speed_diffusers.hub import load_pipeline, load_vae
-from speed_diffusers.metrics.score import score_pipeline
+from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.sampling import row_names_of
 from speed_diffusers.train_config import option
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     (folder / SIDECAR).write_text(sidecar.read_text())
     for weights in folder.rglob("*.safetensors"):
         weights.chmod(0o644)
-    score = score_pipeline(load_pipeline(str(folder)), num_images=config.num_images)
+    score = score_pipeline(load_pipeline(str(folder)), ScoreSettings(num_images=config.num_images))
     (folder / "transformer" / QUALITY_FILE).write_text(json.dumps(score.to_dict(), indent=1) + "\n")
     print(f"Fréchet distance {score.frechet_distance:.3f}, class agreement {score.class_agreement:.1%}.")
 

@@ -10,7 +10,6 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from ..errors import InputError
-from ..models import NULL_CLASS
 
 SAMPLER_SETTINGS = (
     "timestep_spacing",
@@ -123,13 +122,11 @@ def sampler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def labels_in_words(rows: Sequence[int]) -> str:
-    """How classes are given to images: "0..9 in turn", or "no class".
+    """How classes are given to images, such as "0..9 in turn".
 
     Args:
         rows: Rows of the label table, in the order in which images take them.
     """
-    if list(rows) == [NULL_CLASS]:
-        return "no class"
     runs: list[list[int]] = []
     for row in rows:
         if runs and row == runs[-1][-1] + 1:

@@ -1,7 +1,7 @@
 """The score of a pipeline: every metric of images that it generates, with the protocol they were measured under."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data.moments import vae_factor, vae_fingerprint
 from ..errors import InputError, unknown_name
-from ..models import NULL_CLASS
-from ..samplers import make_sampler
-from ..sampling import generate, row_names_of
+from ..sampling import generate, row_names_of, speed_pipeline
 from .extractors import FeatureExtractor, load_extractor, state_sha256
 from .metric import METRICS, Samples
 from .precision_recall import NEAREST
@@ -83,7 +81,13 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     ):
         if getattr(settings, name) < lowest:
             raise InputError(f"{name}={getattr(settings, name)}: must be at least {lowest}.")
-    scheduler: Any = pipeline.scheduler if settings.sampler is None else make_sampler(settings.sampler, pipeline)
+    low, high = settings.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance_interval={low},{high}: must be two numbers in [0, 1], the lower one first.")
+    sampling, channels = speed_pipeline(pipeline, settings.sampler), pipeline.transformer.config.in_channels
+    if settings.guidance_channels is not None and not 1 <= settings.guidance_channels <= channels:
+        raise InputError(f"guidance_channels={settings.guidance_channels}: must lie in [1, {channels}].")
+    scheduler: Any = sampling.scheduler
     longest = scheduler.config.num_train_timesteps
     if settings.num_inference_steps > longest:
         raise InputError(f"num_inference_steps={settings.num_inference_steps}: the model has {longest} timesteps.")
@@ -95,7 +99,7 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     guided = settings.guidance_scale != 1
     return Protocol(
         num_images=settings.num_images,
-        labels=labels_in_words(rows),
+        labels="no class" if rows == [sampling.null_class_id] else labels_in_words(rows),
         sampler=type(scheduler).__name__,
         sampler_settings=sampler_settings(scheduler),
         num_inference_steps=settings.num_inference_steps,
@@ -181,7 +185,7 @@ def score_pipeline(
         features=torch.cat(features),
         statistics=statistics.result(extractor_sha256=settings.extractor.sha256),
         predicted=torch.cat(predicted) if predicted else None,
-        wanted=_wanted_classes(labels, row_names_of(pipeline), settings.extractor.classes),
+        wanted=_wanted_classes(pipeline, labels, settings.extractor.classes),
         reference=settings.reference,
     )
     values: dict[str, float | None] = {}
@@ -201,19 +205,17 @@ def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
     """The rows of the label table that images take in turn."""
     if settings.class_rows is not None:
         return list(settings.class_rows)
-    return sorted(row_names_of(pipeline)) or [NULL_CLASS]
+    return sorted(row_names_of(pipeline)) or [speed_pipeline(pipeline).null_class_id]
 
 
-def _wanted_classes(
-    labels: Sequence[int], row_names: Mapping[int, str], classes: Sequence[str] | None
-) -> Tensor | None:
+def _wanted_classes(pipeline: DiTPipeline, labels: Sequence[int], classes: Sequence[str] | None) -> Tensor | None:
     """The extractor's class of each image (N,), by name where both sides name theirs; None where there is none."""
-    rows = set(labels)
-    if NULL_CLASS in rows:
+    rows, row_names, null = set(labels), row_names_of(pipeline), speed_pipeline(pipeline).null_class_id
+    if null in rows:
         return None
     if classes is None or not row_names:
-        # Ids from 1000 up moved by one, since row 1000 is the null class.
-        ids = {row: row - (row > NULL_CLASS) for row in rows}
+        # Rows of the table leave out the one that means "no class".
+        ids = {row: row - (row > null) for row in rows}
     elif all(row_names.get(row) in classes for row in rows):
         ids = {row: list(classes).index(row_names[row]) for row in rows}
     else:
