@@ -2,15 +2,50 @@
 
 Help texts, command-line choices, documentation tables and tests read the registries, so a name is written once. An
 unknown name raises with the nearest known one; nothing falls through to a default.
+
+A choice with parameters is written as one string, `"name:parameter=value,parameter=value"`, which every scheduler's
+config and JSON can hold. Parameters that are left out take their defaults, so a bare name is a choice too.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .errors import unknown_name
+from .errors import InputError, unknown_name
 
 F = TypeVar("F", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number that a registered function takes by keyword.
+
+    Attributes:
+        name: Its keyword.
+        default: What it is where a choice does not give it.
+        interval: Allowed values as an interval, such as "(0, inf)" or "[0, 1]".
+        meaning: What it is, in one line.
+        whole: Whether it must be a whole number.
+    """
+
+    name: str
+    default: float
+    interval: str
+    meaning: str
+    whole: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Whether a value lies in the interval (and is whole, if it must be); nan and infinities never do."""
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        above = value >= low if self.interval[0] == "[" else value > low
+        below = value <= high if self.interval[-1] == "]" else value < high
+        return math.isfinite(value) and above and below and (not self.whole or value == int(value))
+
+    def __str__(self) -> str:
+        kind = "whole, " if self.whole else ""
+        return f"{self.name}={self.default:g} in {kind}{self.interval}: {self.meaning}"
 
 
 @dataclass(frozen=True)
@@ -20,12 +55,37 @@ class Entry(Generic[F]):
     Attributes:
         function: The function itself.
         summary: One sentence for help texts and tables.
-        reference: Paper and equation, or where the formula comes from.
+        reference: Paper and equation, or where the formula comes from; says so if it was not checked there.
+        parameters: The numbers that it takes by keyword.
+        needs_progress: Whether its values change in the course of a training.
     """
 
     function: F
     summary: str
     reference: str
+    parameters: tuple[Parameter, ...] = ()
+    needs_progress: bool = False
+
+
+@dataclass(frozen=True)
+class Choice(Generic[F]):
+    """A name with the values of all its parameters.
+
+    Attributes:
+        name: Registered name.
+        arguments: Value of each parameter by name.
+        entry: What is registered under the name.
+    """
+
+    name: str
+    arguments: dict[str, float]
+    entry: Entry[F]
+
+    def __str__(self) -> str:
+        """The shortest string that means this choice."""
+        defaults = {parameter.name: parameter.default for parameter in self.entry.parameters}
+        given = [f"{name}={value:.15g}" for name, value in self.arguments.items() if value != defaults[name]]
+        return ":".join([self.name, *filter(None, [",".join(given)])])
 
 
 class Registry(Mapping[str, Entry[F]]):
@@ -39,20 +99,79 @@ class Registry(Mapping[str, Entry[F]]):
         self.kind = kind
         self._entries: dict[str, Entry[F]] = {}
 
-    def register(self, name: str, *, summary: str, reference: str) -> Callable[[F], F]:
+    def register(
+        self,
+        name: str,
+        *,
+        summary: str,
+        reference: str,
+        parameters: tuple[Parameter, ...] = (),
+        needs_progress: bool = False,
+    ) -> Callable[[F], F]:
         """Decorator that adds a function under `name`.
 
+        Args:
+            name: What a user writes.
+            summary: One sentence for help texts and tables.
+            reference: Paper and equation, or where the formula comes from.
+            parameters: The function's keyword-only arguments, which have no defaults of their own.
+            needs_progress: Whether its values change in the course of a training.
+
         Raises:
-            ValueError: The name is taken.
+            ValueError: The name is taken, a default is outside its range, or the function takes other keywords.
         """
 
         def add(function: F) -> F:
             if name in self._entries:
                 raise ValueError(f"The {self.kind} '{name}' is registered already.")
-            self._entries[name] = Entry(function, summary, reference)
+            keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            if keywords != [parameter.name for parameter in parameters]:
+                raise ValueError(f"The {self.kind} '{name}' takes {keywords}, which are not its parameters.")
+            for parameter in parameters:
+                if not parameter.allows(parameter.default):
+                    raise ValueError(f"The {self.kind} '{name}' has a default outside its range: {parameter}.")
+            self._entries[name] = Entry(function, summary, reference, parameters, needs_progress)
             return function
 
         return add
+
+    def parse(self, text: str) -> Choice[F]:
+        """Reads a choice such as `"min_snr:gamma=5"`; a bare name takes the defaults.
+
+        Raises:
+            InputError: An unknown name or parameter (with the nearest), a value that is no number or outside its
+                range (with the range), a parameter given twice, or text of another form.
+        """
+        name, colon, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
+        name = name.strip() if isinstance(name, str) else name
+        entry = self[name]
+        arguments = {parameter.name: float(parameter.default) for parameter in entry.parameters}
+        seen: set[str] = set()
+        for part in rest.split(",") if colon else []:
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not (key and equals and value):
+                form = f"{name}:{','.join(f'{p.name}={p.default:g}' for p in entry.parameters) or 'name=value'}"
+                raise InputError(f"{self.kind} '{text}': cannot read '{part}'; the form is '{form}'.")
+            if key not in arguments:
+                if not entry.parameters:
+                    raise InputError(f"{self.kind} '{text}': '{name}' has no parameters.")
+                raise unknown_name(f"parameter of the {self.kind} '{name}'", key, arguments)
+            if key in seen:
+                raise InputError(f"{self.kind} '{text}': '{key}' is given twice.")
+            seen.add(key)
+            arguments[key] = self._value(text, entry, key, value)
+        return Choice(name, arguments, entry)
+
+    def _value(self, text: str, entry: Entry[F], key: str, value: str) -> float:
+        (parameter,) = (parameter for parameter in entry.parameters if parameter.name == key)
+        try:
+            number = float(value)
+        except ValueError:
+            raise InputError(f"{self.kind} '{text}': {key}={value} is not a number.") from None
+        if not parameter.allows(number):
+            kind = "a whole number in" if parameter.whole else "in"
+            raise InputError(f"{self.kind} '{text}': {key}={value} must be {kind} {parameter.interval}.")
+        return number
 
     def __getitem__(self, name: str) -> Entry[F]:
         """The entry of `name`.
@@ -72,3 +191,17 @@ class Registry(Mapping[str, Entry[F]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def markdown_table(registry: Registry[F]) -> str:
+    """All entries of a registry as a Markdown table, for documentation and help."""
+    lines = ["| name | what it does | parameters | source |", "|---|---|---|---|"]
+    for name, entry in registry.items():
+        parameters = "<br>".join(f"`{p.name}={p.default:g}` in {_range(p)}: {p.meaning}" for p in entry.parameters)
+        cells = (f"`{name}`", entry.summary, parameters, entry.reference)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _range(parameter: Parameter) -> str:
+    return ("whole numbers of " if parameter.whole else "") + parameter.interval

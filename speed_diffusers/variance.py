@@ -6,12 +6,12 @@ objective of DiT (Peebles and Xie, arXiv 2212.09748, section 3.1).
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import InputError, unknown_name
-from .process import VariancePreservingSchedule
 
 LEARNED_RANGE = "learned_range"
 VARIANCE_TYPES = ("fixed_small", LEARNED_RANGE)
@@ -22,6 +22,12 @@ BIN_HALF_WIDTH = 1 / 255
 
 EDGE = 0.999
 """Values beyond it belong to an outermost bin, which reaches to infinity."""
+
+
+class VariancePreservingScheduler(Protocol):
+    """What the tables are made from."""
+
+    betas: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class LearnedVariance:
     @classmethod
     def from_scheduler(
         cls,
-        scheduler: VariancePreservingSchedule,
+        scheduler: VariancePreservingScheduler,
         *,
         prediction_type: str,
         weighted: bool = False,

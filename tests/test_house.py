@@ -192,7 +192,8 @@ def test_example_of_contributing_works() -> None:
         [
             "from torch import Tensor",
             "from speed_diffusers import SpeeDDDPMScheduler",
-            "from speed_diffusers.process import ForwardProcess, SpeeDSettings",
+            "from speed_diffusers.process import ForwardProcess",
+            "from speed_diffusers.settings import SpeeDSettings",
             "from speed_diffusers.timesteps import DENSITIES",
             example,
             f"scheduler = SpeeDDDPMScheduler(speed_sampling={name!r}, speed_weighting='none')",

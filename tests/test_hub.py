@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
-from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 from speed_diffusers.embedded import EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
 from speed_diffusers.hub import load_pipeline, load_transformer, load_vae
+from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 
 def test_the_shipped_pipeline_opens_and_knows_its_garments() -> None:

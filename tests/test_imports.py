@@ -20,12 +20,17 @@ HEART = {
     "presets": 0,
     "registry": 1,
     "process": 2,
-    "timesteps": 3,
-    "weightings": 3,
-    "schedulers": 4,
-    "models": 4,
-    "variance": 4,
-    "objective": 5,
+    "settings": 3,
+    "predictions": 3,
+    "timesteps": 4,
+    "weightings": 4,
+    "tables": 5,
+    "strategy": 6,
+    "functional": 7,
+    "schedulers": 7,
+    "models": 7,
+    "variance": 7,
+    "objective": 8,
 }
 
 # What surrounds it, with the rooms of the library that each must not know. The heart never imports any of these.

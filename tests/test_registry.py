@@ -4,9 +4,10 @@ import pytest
 
 from speed_diffusers.errors import InputError, unknown_name
 from speed_diffusers.presets import PRESETS
-from speed_diffusers.process import ForwardProcess, SpeeDSettings
-from speed_diffusers.registry import Registry
-from speed_diffusers.timesteps import DENSITIES, timestep_pmf
+from speed_diffusers.process import ForwardProcess
+from speed_diffusers.registry import Parameter, Registry, markdown_table
+from speed_diffusers.settings import SpeeDSettings
+from speed_diffusers.timesteps import DENSITIES, DRAWS, timestep_pmf
 from speed_diffusers.weightings import WEIGHTINGS, timestep_weights
 
 
@@ -69,13 +70,117 @@ def test_input_error_is_a_value_error() -> None:
         raise unknown_name("fruit", "x", ["pear"])
 
 
-@pytest.mark.parametrize("registry", [DENSITIES, WEIGHTINGS], ids=["densities", "weightings"])
+SIZE = Parameter("size", 2.0, "(0, 10]", "how big")
+COUNT = Parameter("count", 3, "[1, inf)", "how many", True)
+
+
+def basket_registry() -> Registry:
+    registry: Registry = Registry("basket")
+
+    @registry.register("plain", summary="Empty.", reference="attic")
+    def plain(where: str) -> str:
+        return where
+
+    @registry.register("full", summary="Not | empty.", reference="shop", parameters=(SIZE, COUNT))
+    def full(where: str, *, size: float, count: float) -> str:
+        return f"{count:g} of {size:g} {where}"
+
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("full", {"size": 2.0, "count": 3.0}),
+        ("full:size=7.5", {"size": 7.5, "count": 3.0}),
+        ("full:count=1,size=1e-3", {"size": 1e-3, "count": 1.0}),
+        (" full : size = 10 , count = 4 ", {"size": 10.0, "count": 4.0}),
+        ("plain", {}),
+    ],
+)
+def test_choice_is_a_name_with_values_for_every_parameter(text: str, arguments: dict[str, float]) -> None:
+    choice = basket_registry().parse(text)
+    assert (choice.name, choice.arguments) == (text.split(":")[0].strip(), arguments)
+    assert basket_registry().parse(str(choice)).arguments == arguments
+    assert choice.entry.function("here", **choice.arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fall:size=1", "Unknown basket 'fall'. Did you mean 'full'? Allowed: full, plain."),
+        ("full:sise=1", "Unknown parameter of the basket 'full' 'sise'. Did you mean 'size'? Allowed: count, size."),
+        ("full:size=0", "basket 'full:size=0': size=0 must be in (0, 10]."),
+        ("full:size=10.1", "basket 'full:size=10.1': size=10.1 must be in (0, 10]."),
+        ("full:size=nan", "basket 'full:size=nan': size=nan must be in (0, 10]."),
+        ("full:count=inf", "basket 'full:count=inf': count=inf must be a whole number in [1, inf)."),
+        ("full:count=1.5", "basket 'full:count=1.5': count=1.5 must be a whole number in [1, inf)."),
+        ("full:size=big", "basket 'full:size=big': size=big is not a number."),
+        ("full:size=1,size=2", "basket 'full:size=1,size=2': 'size' is given twice."),
+        ("full:size", "basket 'full:size': cannot read 'size'; the form is 'full:size=2,count=3'."),
+        ("full:", "basket 'full:': cannot read ''; the form is 'full:size=2,count=3'."),
+        ("full:size=1,", "basket 'full:size=1,': cannot read ''; the form is 'full:size=2,count=3'."),
+        ("plain:size=1", "basket 'plain:size=1': 'plain' has no parameters."),
+        (7, "Unknown basket '7'. Allowed: full, plain."),
+        (None, "Unknown basket 'None'. Allowed: full, plain."),
+    ],
+)
+def test_bad_choice_is_one_line_with_what_is_allowed(text: object, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        basket_registry().parse(text)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ((), r"takes \['size'\], which are not its parameters"),
+        ((COUNT,), r"takes \['size'\], which are not its parameters"),
+        ((Parameter("size", 11.0, "(0, 10]", ""),), "has a default outside its range"),
+    ],
+)
+def test_registration_and_signature_must_agree(parameters: tuple[Parameter, ...], message: str) -> None:
+    registry = basket_registry()
+    with pytest.raises(ValueError, match=message):
+
+        @registry.register("third", summary="", reference="", parameters=parameters)
+        def third(where: str, *, size: float) -> str:
+            return where
+
+    assert "third" not in registry
+
+
+def test_table_lists_every_entry_with_parameters_ranges_and_source() -> None:
+    assert markdown_table(basket_registry()).splitlines() == [
+        "| name | what it does | parameters | source |",
+        "|---|---|---|---|",
+        "| `plain` | Empty. |  | attic |",
+        "| `full` | Not \\| empty. | `size=2` in (0, 10]: how big<br>`count=3` in whole numbers of [1, inf): how many "
+        "| shop |",
+    ]
+
+
+@pytest.mark.parametrize("registry", [DENSITIES, WEIGHTINGS, DRAWS], ids=["densities", "weightings", "draws"])
 def test_every_entry_says_what_it_is_and_where_it_comes_from(registry: Registry) -> None:
     for name, entry in registry.items():
         assert entry.summary.endswith(".") and "\n" not in entry.summary, name
         assert len(entry.summary) < 120, name
         assert entry.reference, name
         assert entry.function.__doc__, name
+        assert all(parameter.meaning for parameter in entry.parameters), name
+
+
+@pytest.mark.parametrize("registry", [DENSITIES, WEIGHTINGS], ids=["densities", "weightings"])
+def test_every_parameter_is_refused_outside_its_range(registry: Registry) -> None:
+    for name, entry in registry.items():
+        for parameter in entry.parameters:
+            low, high = (float(end) for end in parameter.interval[1:-1].split(","))
+            outside = [low - 1.0, *([low] if parameter.interval[0] == "(" else [])]
+            outside += [] if high == float("inf") else [high + 1.0]
+            for value in outside:
+                with pytest.raises(InputError) as error:
+                    registry.parse(f"{name}:{parameter.name}={value}")
+                assert parameter.interval in str(error.value) and "\n" not in str(error.value)
 
 
 def test_every_density_and_weighting_is_sound_on_one_process() -> None:
@@ -95,8 +200,9 @@ def test_every_density_and_weighting_is_sound_on_one_process() -> None:
 def test_presets_name_registered_functions() -> None:
     assert set(PRESETS) >= {"paper", "uniform"}
     for preset in PRESETS.values():
-        assert preset["speed_sampling"] in DENSITIES
-        assert preset["speed_weighting"] in WEIGHTINGS
+        DENSITIES.parse(preset["speed_sampling"])
+        WEIGHTINGS.parse(preset["speed_weighting"])
+        assert preset.get("speed_draw", "independent") in DRAWS
 
 
 def test_presets_cannot_be_changed_by_accident() -> None:

@@ -16,13 +16,19 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from speed_diffusers import PRESETS, InputError, SpeeDDDIMScheduler, SpeeDDDPMScheduler, SpeeDSchedulerMixin
 
 HOSTS = [(SpeeDDDPMScheduler, DDPMScheduler), (SpeeDDDIMScheduler, DDIMScheduler)]
-SPEED_DEFAULTS = {
+PAPER = {
     "speed_sampling": "asymmetric",
     "speed_weighting": "change_aware",
     "speed_k": 5.0,
     "speed_tau": None,
     "speed_r": 145.0,
     "speed_lambda": 0.6,
+}
+SPEED_DEFAULTS = PAPER | {
+    "speed_draw": "independent",
+    "speed_normalize_weights": False,
+    "speed_anneal_start": 1.0,
+    "speed_anneal_end": 1.0,
 }
 # None of these is a default, so that a conversion which loses a key shows.
 SCHEDULE = {
@@ -134,7 +140,7 @@ def test_every_parameter_reaches_the_parent(ours: type, parent: type) -> None:
 
 
 def test_default_is_the_papers_preset() -> None:
-    assert PRESETS["paper"] == SPEED_DEFAULTS
+    assert PRESETS["paper"] == PAPER
     config = SpeeDDDPMScheduler(**PRESETS["paper"]).config
     assert {key: config[key] for key in SPEED_DEFAULTS} == SPEED_DEFAULTS
 

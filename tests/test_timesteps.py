@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from noise_schedules import chi_square_p_value
 
 from speed_diffusers import SpeeDDDIMScheduler, SpeeDDDPMScheduler
 from speed_diffusers.errors import InputError
-from speed_diffusers.process import ForwardProcess, SpeeDSettings
+from speed_diffusers.process import ForwardProcess
+from speed_diffusers.settings import SpeeDSettings
 from speed_diffusers.timesteps import draw_independent, timestep_pmf
 
 MILLION = 1_000_000
@@ -24,15 +26,6 @@ def pmf_of(name: str, *, num_timesteps: int = 1000, k: float = 5.0, tau: int | N
 def paper_pmf(num_timesteps: int, k: float, tau: int) -> np.ndarray:
     """P(t) of the paper: k / (T + tau (k-1)) before tau, 1 / (T + tau (k-1)) from it on."""
     return np.where(np.arange(num_timesteps) < tau, k, 1.0) / (num_timesteps + tau * (k - 1))
-
-
-def chi_square_p_value(counts: np.ndarray, pmf: np.ndarray) -> float:
-    """Upper tail by Wilson and Hilferty's cube root, good to a percent from about ten cells on."""
-    expected = pmf * counts.sum()
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    spread = 2.0 / (9.0 * (len(pmf) - 1))
-    z = ((statistic / (len(pmf) - 1)) ** (1 / 3) - (1.0 - spread)) / math.sqrt(spread)
-    return 0.5 * math.erfc(z / math.sqrt(2.0))
 
 
 @pytest.mark.parametrize("k", [1.0, 2.5, 5.0, 25.0])

@@ -1,126 +1,154 @@
 """The mixin that teaches a diffusers scheduler SpeeD's timestep sampling and loss weights."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..process import Areas, ForwardProcess, SpeeDSettings
-from ..timesteps import UNIFORM, draw_independent, draw_uniform, timestep_pmf
-from ..weightings import timestep_weights
+from ..predictions import FLOW_PREDICTION
+from ..process import Areas, ForwardProcess, is_rectified_flow
+from ..strategy import SpeeDOptions, SpeeDStrategy
+from ..tables import SpeeDTables, draw, weights
 
 PREFIX = "speed_"
 
-
-@dataclass(frozen=True)
-class SpeeDTables:
-    """What SpeeD derives from a schedule: float64 on the CPU, never part of a saved config.
-
-    Attributes:
-        process: The forward process.
-        settings: Resolved k, tau and lambda.
-        pmf: Probability of each timestep, shape (T,), summing to 1.
-        weights: Loss weight of each timestep, shape (T,).
-    """
-
-    process: ForwardProcess
-    settings: SpeeDSettings
-    pmf: Tensor
-    weights: Tensor
+SPEED_DEFAULTS: dict[str, Any] = {
+    "speed_sampling": "asymmetric",
+    "speed_weighting": "change_aware",
+    "speed_k": 5.0,
+    "speed_tau": None,
+    "speed_r": 145.0,
+    "speed_lambda": 0.6,
+    "speed_draw": "independent",
+    "speed_normalize_weights": False,
+    "speed_anneal_start": 1.0,
+    "speed_anneal_end": 1.0,
+}
+"""Our config keys with their defaults: the paper's SpeeD. A host's `__init__` may leave some out."""
 
 
 class SpeeDSchedulerMixin:
     """Adds asymmetric timestep sampling and change-aware loss weights to a scheduler (SpeeD, arXiv 2405.17403).
 
-    Put it before a diffusers scheduler in the bases of a class whose `__init__` spells out every parameter of that
-    scheduler plus the six here (diffusers reads config keys off the signature, so `**kwargs` would lose them), is
-    decorated with `register_to_config`, and ends with `self.speed_tables`, which checks the values. Sampling is left
-    to the host: `step`, `add_noise` and `set_timesteps` are untouched.
+    For a scheduler without a SpeeD class of its own `speed_scheduler` makes one. By hand: put the mixin before a
+    diffusers scheduler in the bases of a class whose `__init__` spells out every parameter of that scheduler plus ours
+    (diffusers reads config keys off the signature, so `**kwargs` would lose them), is decorated with
+    `register_to_config`, and ends with `self.speed_tables`, which checks the values. Sampling is left to the host:
+    `step`, `add_noise` and `set_timesteps` are untouched.
 
     Take a host whose `add_noise` is fit for training as it stands, such as DDPM, DDIM or PNDM: that of a fresh
     DPMSolver, DEIS or UniPC noises the wrong way round until `set_timesteps`, and that of Euler, LMS or Heun does not
     scale the signal.
 
-    Config keys, all JSON scalars: `speed_sampling` (a name in `DENSITIES`), `speed_weighting` (a name in
-    `WEIGHTINGS`), `speed_k` (at least 1), `speed_tau` (in [1, T]; None: from `speed_r`), `speed_r` (above 1),
-    `speed_lambda` (in [0.5, 1]).
+    Config keys, all JSON scalars: `speed_sampling` (a name in `DENSITIES`, with parameters as in
+    "logit_normal:mean=-0.5"), `speed_weighting` (the same of `WEIGHTINGS`), `speed_k` (at least 1), `speed_tau` (in
+    [1, T], or a share of T in (0, 1); None: from `speed_r`), `speed_r` (above 1), `speed_lambda` (in [0.5, 1]),
+    `speed_draw` (a name in `DRAWS`), `speed_normalize_weights` (true: mean weight 1 under the draws),
+    `speed_anneal_start` and `speed_anneal_end` (shares of the training between which k falls to 1).
     """
 
     @property
+    def speed_strategy(self) -> SpeeDStrategy:
+        """What draws and weighs, built on first use.
+
+        Raises:
+            InputError: A `speed_` value is outside its range or names nothing, or the host cannot be read.
+        """
+        strategy = self.__dict__.get("_speed_strategy")
+        if strategy is None:
+            strategy = SpeeDStrategy(ForwardProcess.from_scheduler(cast(Any, self)), self._speed_options())
+            self._speed_strategy = strategy
+        return cast(SpeeDStrategy, strategy)
+
+    @property
     def speed_tables(self) -> SpeeDTables:
-        """The tables of this schedule, built on first use.
+        """Probabilities and weights as float64 tables; where they change in training, the latest that were used.
 
         Raises:
             InputError: A `speed_` value is outside its range or names nothing.
         """
-        tables = self.__dict__.get("_speed_tables")
-        if tables is None:
-            config = cast(Any, self).config
-            process = ForwardProcess.from_scheduler(cast(Any, self))
-            settings = SpeeDSettings.resolve(
-                process,
-                k=config.speed_k,
-                tau=config.speed_tau,
-                r=config.speed_r,
-                lambda_=config.speed_lambda,
-            )
-            tables = SpeeDTables(
-                process,
-                settings,
-                timestep_pmf(config.speed_sampling, process, settings),
-                timestep_weights(config.speed_weighting, process, settings),
-            )
-            self._speed_tables = tables
-            # Working copies in float32, one a device, so that a training step copies no table.
-            self._speed_device_tables: dict[tuple[str, torch.device], Tensor] = {}
-        return cast(SpeeDTables, tables)
+        return self.speed_strategy.latest_tables
 
     @property
     def speed_areas(self) -> Areas:
-        """The acceleration, deceleration and convergence areas as ranges of timesteps."""
-        tables = self.speed_tables
-        return tables.process.areas(tables.settings.tau)
+        """The acceleration, deceleration and convergence areas as ranges of timesteps, 0 having the least noise."""
+        strategy = self.speed_strategy
+        return strategy.process.areas(strategy.settings.tau)
 
     def sample_timesteps(
         self,
         batch_size: int,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        progress: float | None = None,
     ) -> Tensor:
         """Draws training timesteps, as the host's `add_noise` takes them.
 
         Args:
-            batch_size: Number of draws, at least 1.
+            batch_size: Number of draws, at least 1. Paired and stratified draws reach over all of them, so with
+                several processes draw the global batch everywhere and take a slice.
             generator: Source of randomness; the draw happens on its device. None takes torch's global one.
             device: Where the result lives; None: the generator's device, or the CPU.
+            progress: Share of the training that is done, in [0, 1]; needed where k is annealed or the density changes.
 
         Returns:
             int64 (batch_size,) in [0, T). With `speed_sampling="uniform"` bit-identical to
             `torch.randint(0, T, (batch_size,), generator=generator, device=device)`.
-        """
-        target = torch.device(device) if device is not None else generator.device if generator else torch.device("cpu")
-        source = generator.device if generator is not None else target
-        tables = self.speed_tables
-        if cast(Any, self).config.speed_sampling == UNIFORM:
-            timesteps = draw_uniform(
-                tables.process.num_train_timesteps, batch_size, generator=generator, device=source
-            )
-        else:
-            timesteps = draw_independent(self._on_device("cumulative", source), batch_size, generator=generator)
-        return timesteps.to(target, non_blocking=True)
 
-    def loss_weights(self, timesteps: Tensor) -> Tensor:
-        """The loss weight of each timestep of a batch.
+        Raises:
+            InputError: `progress` is needed and not given, or outside [0, 1].
+        """
+        return draw(self.speed_strategy.tables_to_draw(progress), batch_size, generator, device)
+
+    def loss_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor:
+        """The loss weight of each timestep of a batch, for the squared error of what the host's model predicts.
 
         Args:
             timesteps: int64, any shape, in [0, T).
+            progress: As for `sample_timesteps`.
 
         Returns:
             float32 of the same shape, on the same device.
+
+        Raises:
+            InputError: `progress` is needed and not given, or outside [0, 1].
         """
-        return self._on_device("weights", timesteps.device)[timesteps]
+        return weights(self.speed_strategy.tables(progress), timesteps)
+
+    @property
+    def speed_is_adaptive(self) -> bool:
+        """Whether the density learns from the errors of the training, and so needs `update_speed`."""
+        return self.speed_strategy.is_adaptive
+
+    def update_speed(self, error_sums: Tensor, error_counts: Tensor) -> None:
+        """Tells a density that learns the errors of one or more batches, summed over all processes.
+
+        Args:
+            error_sums: Shape (T,), by index: sum over the samples of each timestep of the prediction's mean squared
+                error, without loss weight.
+            error_counts: Shape (T,): how many samples that were.
+
+        Raises:
+            InputError: `speed_sampling` does not learn, or the tensors are of another shape.
+        """
+        self.speed_strategy.update(error_sums, error_counts)
+
+    def speed_state_dict(self) -> dict[str, Tensor]:
+        """What the density has learned, as plain tensors for a checkpoint; the config does not hold it.
+
+        Raises:
+            InputError: `speed_sampling` does not learn.
+        """
+        return self.speed_strategy.state_dict()
+
+    def load_speed_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes back to what the density had learned.
+
+        Raises:
+            InputError: `speed_sampling` does not learn, or the state is that of another density or process.
+        """
+        self.speed_strategy.load_state_dict(state)
 
     def to_inference(self) -> SchedulerMixin:
         """The host scheduler without SpeeD, same schedule: what an exported pipeline carries."""
@@ -132,15 +160,9 @@ class SpeeDSchedulerMixin:
         config = {key: value for key, value in cast(Any, self).config.items() if not key.startswith(PREFIX)}
         return cast(SchedulerMixin, cast(Any, host).from_config(config))
 
-    def _on_device(self, name: str, device: torch.device) -> Tensor:
-        tables = self.speed_tables
-        key = (name, device)
-        if key not in self._speed_device_tables:
-            if name == "weights":
-                table = tables.weights.float()
-            else:
-                table = tables.pmf.cumsum(0).float()
-                # Rounding must not leave a gap below 1 that a draw could fall through.
-                table[-1] = 1.0
-            self._speed_device_tables[key] = table.to(device)
-        return self._speed_device_tables[key]
+    def _speed_options(self) -> SpeeDOptions:
+        config = cast(Any, self).config
+        values = {key.removeprefix(PREFIX): config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
+        values["lambda_"] = values.pop("lambda")
+        predicted = FLOW_PREDICTION if is_rectified_flow(self) else "epsilon"
+        return SpeeDOptions(**values, prediction_type=config.get("prediction_type") or predicted)
