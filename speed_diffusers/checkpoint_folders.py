@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
+LEARNED = "speed.safetensors"
+"""What a density has learned; only where one does."""
 TEMPORARY = ".tmp-checkpoint-"
 _REPLACED = f"{TEMPORARY}replaced-"
 
@@ -132,7 +134,7 @@ def _problem_of(folder: Path) -> str | None:
         return f"{folder} is not a folder."
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (MODEL, EMA, OPTIMIZER, STATE):
+        for name in (MODEL, EMA, OPTIMIZER, STATE, *([LEARNED] if LEARNED in manifest else [])):
             path = folder / name
             if not path.is_file():
                 return f"{path} is missing."

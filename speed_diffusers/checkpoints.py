@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .checkpoint_folders import (
     EMA,
+    LEARNED,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -61,6 +62,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     is_main_process: bool,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>`: to a temporary folder, hashed, synced to disk, then renamed.
 
@@ -74,6 +76,7 @@ def save_checkpoint(
         optimizer: The optimizer itself, not accelerate's wrapper.
         state: Anything else to keep, as JSON values.
         is_main_process: Whether this process writes.
+        learned: What the density over timesteps has learned, if it does; whole tensors.
 
     Returns:
         The folder of the checkpoint.
@@ -106,7 +109,10 @@ def save_checkpoint(
             **state,
         }
         (temporary / STATE).write_text(json.dumps(document, indent=1))
-        names = (MODEL, EMA, OPTIMIZER, STATE)
+        names = [MODEL, EMA, OPTIMIZER, STATE]
+        if learned is not None:
+            save_file(_contiguous(learned), temporary / LEARNED)
+            names.append(LEARNED)
         manifest = {name: digest(temporary / name) for name in names}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*names, MANIFEST):
@@ -167,6 +173,11 @@ def load_checkpoint(
     )
     for group, values in zip(optimizer.param_groups, groups, strict=True):
         group.update(values)
+
+
+def load_learned(folder: Path) -> dict[str, Tensor]:
+    """What the density over timesteps had learned; empty where the checkpoint holds nothing of it."""
+    return load_file(folder / LEARNED) if (folder / LEARNED).is_file() else {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,11 @@ class TimestepSampler(Protocol):
     """The part of a SpeeD scheduler that draws timesteps."""
 
     def sample_timesteps(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        progress: float | None = None,
     ) -> Tensor: ...
 
 
@@ -25,7 +29,8 @@ class StepDraws:
     Scalars are drawn on the CPU, which makes them the same on every kind of device, normal noise on the device.
 
     Attributes:
-        timesteps: int64 (G,).
+        timesteps: (G,), int64; float32 of a flow.
+        progress: Share of the training that is done, in [0, 1); None where it was not told.
         dropped: bool (G,), samples trained without their label.
         flipped: bool (G,), samples mirrored left to right.
         noise: float32 (G, C, H, W), what is added to the latents.
@@ -37,6 +42,7 @@ class StepDraws:
     flipped: Tensor
     noise: Tensor
     encoder_noise: Tensor
+    progress: float | None = None
 
     @classmethod
     def at_step(
@@ -49,6 +55,7 @@ class StepDraws:
         class_dropout_prob: float,
         random_flip: bool,
         device: torch.device,
+        progress: float | None = None,
     ) -> "StepDraws":
         """Draws for optimizer step `step`, counted from 0; `latent_shape` is (global batch, C, H, W)."""
         size = latent_shape[0]
@@ -59,7 +66,8 @@ class StepDraws:
         def normal(purpose: str) -> Tensor:
             return torch.randn(latent_shape, generator=keyed_generator(seed, purpose, step, device), device=device)
 
-        timesteps = scheduler.sample_timesteps(size, generator=keyed_generator(seed, "timesteps", step))
+        generator = keyed_generator(seed, "timesteps", step)
+        timesteps = scheduler.sample_timesteps(size, generator=generator, progress=progress)
         flip_prob = 0.5 if random_flip else 0.0
         return cls(
             timesteps=timesteps.to(device, non_blocking=True),
@@ -67,10 +75,16 @@ class StepDraws:
             flipped=(uniform("flip") < flip_prob).to(device, non_blocking=True),
             noise=normal("noise"),
             encoder_noise=normal("encoder noise"),
+            progress=progress,
         )
 
     def part(self, span: slice) -> "StepDraws":
         """The draws of some positions of the global batch."""
         return StepDraws(
-            self.timesteps[span], self.dropped[span], self.flipped[span], self.noise[span], self.encoder_noise[span]
+            self.timesteps[span],
+            self.dropped[span],
+            self.flipped[span],
+            self.noise[span],
+            self.encoder_noise[span],
+            self.progress,
         )

@@ -41,11 +41,12 @@ class ErrorBins:
         """Takes in a batch without waiting for the device.
 
         Args:
-            timesteps: (B,), int64 or floating point, in [0, T).
+            timesteps: (B,), int64 or floating point, in [0, T].
             squared_error: (B,), float32, detached.
         """
         count = self.totals.shape[1]
-        bins = (timesteps * count / self.num_train_timesteps).long()
+        # A flow's last timestep is T itself.
+        bins = (timesteps * count / self.num_train_timesteps).long().clamp_(max=count - 1)
         self.totals.index_add_(1, bins, torch.stack((squared_error, torch.ones_like(squared_error))))
 
     def reset(self) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from .models import label_to_embedding_row
 
@@ -27,24 +34,35 @@ def inference_pipeline(
     Args:
         transformer: From `models.export_transformer`.
         vae: The autoencoder that made the latents.
-        schedule: Config of the training scheduler; its schedule and prediction type go into a DDIM scheduler.
+        schedule: Config of the training scheduler; its schedule and prediction type go into a DDIM scheduler, a
+            flow's shift into FlowMatchEulerDiscreteScheduler, with which `SpeeDDiTPipeline` samples but the stock
+            pipeline does not.
         label_names: Name of each class id, or None for a model without classes.
     """
+    id2label = embedding_row_names(label_names) or None
+    scheduler = _inference_scheduler(schedule)
+    pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
+    if id2label is not None:
+        # DiTPipeline forgets its labels on saving unless they are part of its config.
+        pipeline.register_to_config(id2label={str(row): name for row, name in id2label.items()})
+    return pipeline
+
+
+def _inference_scheduler(schedule: Mapping[str, Any]) -> SchedulerMixin:
+    """DDIM on the schedule of the training, or Euler's method on its flow."""
+    if "beta_schedule" not in schedule:
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=schedule["num_train_timesteps"], shift=schedule["shift"]
+        )
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     zero_snr = schedule["rescale_betas_zero_snr"]
-    scheduler = DDIMScheduler(
+    return DDIMScheduler(
         **{key: schedule[key] for key in kept},
         rescale_betas_zero_snr=zero_snr,
         # Latents are not bounded by 1, and a schedule that ends without signal must be sampled from its very end.
         clip_sample=False,
         timestep_spacing="trailing" if zero_snr else "leading",
     )
-    id2label = embedding_row_names(label_names) or None
-    pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
-    if id2label is not None:
-        # DiTPipeline forgets its labels on saving unless they are part of its config.
-        pipeline.register_to_config(id2label={str(row): name for row, name in id2label.items()})
-    return pipeline
 
 
 def embedding_row_names(label_names: Sequence[str] | None) -> dict[int, str]:

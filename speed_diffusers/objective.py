@@ -8,13 +8,14 @@ from torch import Tensor
 
 from .errors import unknown_name
 from .models import NULL_CLASS, label_to_embedding_row
+from .predictions import FLOW_PREDICTION
 from .variance import LearnedVariance
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", FLOW_PREDICTION)
 
 
 class TrainingScheduler(Protocol):
-    """What the objective asks of a scheduler: any class with `SpeeDSchedulerMixin` over DDPM or DDIM."""
+    """What the objective asks of a scheduler: a SpeeD scheduler for DDPM, DDIM or a flow."""
 
     @property
     def config(self) -> Any: ...
@@ -23,7 +24,7 @@ class TrainingScheduler(Protocol):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor: ...
 
-    def loss_weights(self, timesteps: Tensor) -> Tensor: ...
+    def loss_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor: ...
 
 
 class Denoiser(Protocol):
@@ -66,12 +67,13 @@ def prediction_target(scheduler: TrainingScheduler, clean: Tensor, noise: Tensor
     """What the network shall predict under the scheduler's `prediction_type`; shape and dtype of `clean`.
 
     Raises:
-        InputError: A prediction type other than epsilon, v_prediction or sample.
+        InputError: A prediction type other than epsilon, v_prediction, sample, or a flow's.
     """
-    kind = scheduler.config.prediction_type
+    # A flow's scheduler has no such key: it knows one target.
+    kind = scheduler.config.get("prediction_type", FLOW_PREDICTION)
     if kind == "epsilon":
         return noise
-    if kind == "v_prediction":
+    if kind in ("v_prediction", FLOW_PREDICTION):
         return scheduler.get_velocity(clean, noise, timesteps)
     if kind == "sample":
         return clean
@@ -86,6 +88,7 @@ def denoising_loss(
     timesteps: Tensor,
     noise: Tensor,
     learned_variance: LearnedVariance | None = None,
+    progress: float | None = None,
 ) -> DenoisingLoss:
     """Weighted denoising loss of one batch.
 
@@ -97,10 +100,11 @@ def denoising_loss(
         scheduler: Gives the noise schedule, the prediction type and the loss weights.
         clean: Latents (B, C, H, W), float32: the schedule would be rounded in a lower precision.
         class_rows: int64 (B,), from `drop_labels`.
-        timesteps: int64 (B,), from `sample_timesteps`.
+        timesteps: (B,), from `sample_timesteps`.
         noise: Standard normal, like `clean`.
         learned_variance: For a network with 2C output channels, the second half of which is the variance's; None for
             one with C. The weights hold for its term only if it is `weighted`.
+        progress: Share of the training that is done, for weights that change in its course.
     """
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = prediction_target(scheduler, clean, noise, timesteps)
@@ -109,7 +113,7 @@ def denoising_loss(
         prediction, variance_values = prediction.chunk(2, dim=1)
     error = prediction.float() - target.float()
     squared_error = error.square().flatten(1).mean(1)
-    weights = scheduler.loss_weights(timesteps)
+    weights = scheduler.loss_weights(timesteps, progress)
     loss = (weights * squared_error).mean()
     if learned_variance is None:
         return DenoisingLoss(loss, squared_error.detach())

@@ -8,21 +8,24 @@ from .metrics.extractors import FASHION_MNIST
 from .models import MODEL_NAMES
 from .objective import PREDICTION_TYPES
 from .samplers import SAMPLERS
-from .timesteps import DENSITIES
+from .timesteps import DENSITIES, DRAWS
 from .variance import VARIANCE_TYPES
 from .weightings import WEIGHTINGS
 
 
-def option(default: Any, help: str, *, choices: Any = None, free: bool = False) -> Any:
+def option(default: Any, help: str, *, choices: Any = None, parameters: bool = False, free: bool = False) -> Any:
     """A dataclass field with its help text.
 
     Args:
         default: Default value; lists are copied.
         help: One line for `--help`.
         choices: Allowed names, if the value is one of a few.
+        parameters: A choice may have parameters behind a colon, as registries read them.
         free: The value may differ when a run is resumed, because it does not touch what is computed.
     """
-    metadata = {"help": help, "free": free} | ({"choices": tuple(choices)} if choices else {})
+    metadata = {"help": help, "free": free, "parameters": parameters} | (
+        {"choices": tuple(choices)} if choices else {}
+    )
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -68,19 +71,32 @@ class TrainConfig:
     beta_start: float = option(0.0001, "First beta.")
     beta_end: float = option(0.02, "Last beta.")
     rescale_betas_zero_snr: bool = option(False, "End the noise schedule at zero signal.")
-    prediction_type: str = option("epsilon", "What the network predicts.", choices=PREDICTION_TYPES)
+    prediction_type: str = option(
+        "epsilon", "What the network predicts; flow_prediction trains a rectified flow.", choices=PREDICTION_TYPES
+    )
+    flow_shift: float = option(1.0, "Shift of a flow's times towards noise, for large images.")
     variance_type: str = option(
         "fixed_small",
         "learned_range: the network predicts the steps' variance too, as DiT does.",
         choices=VARIANCE_TYPES,
     )
     weight_variance_loss: bool = option(False, "The loss weight holds for the variance term too.")
-    speed_sampling: str = option("asymmetric", "Density over timesteps.", choices=DENSITIES)
-    speed_weighting: str = option("change_aware", "Loss weight over timesteps.", choices=WEIGHTINGS)
+    speed_sampling: str = option(
+        "asymmetric", "Density over timesteps, as in logit_normal:mean=0,std=1.", choices=DENSITIES, parameters=True
+    )
+    speed_weighting: str = option(
+        "change_aware", "Loss weight over timesteps, as in min_snr:gamma=5.", choices=WEIGHTINGS, parameters=True
+    )
     speed_k: float = option(5.0, "How many times more often steps before tau are drawn; at least 1.")
-    speed_tau: int | None = option(None, "First timestep of the convergence area; None: from speed_r.")
+    speed_tau: float | None = option(
+        None, "First timestep of the convergence area, or a share of all below 1; None: from speed_r."
+    )
     speed_r: float = option(145.0, "Convergence begins where 1/r of the signal's variance is left; above 1.")
-    speed_lambda: float = option(0.6, "Loss weights run from 1 - lambda to lambda; in [0.5, 1].")
+    speed_lambda: float = option(0.6, "Change-aware weights run from 1 - lambda to lambda; in [0.5, 1].")
+    speed_draw: str = option("independent", "How a global batch is drawn.", choices=DRAWS)
+    speed_normalize_weights: bool = option(False, "Scale the weights to mean 1 under the draws.")
+    speed_anneal_start: float = option(1.0, "Share of the run after which k falls to 1; 1: never.")
+    speed_anneal_end: float = option(1.0, "Share of the run at which k is 1.")
     class_dropout_prob: float = option(0.1, "Share of samples trained without their class, for guidance.")
 
     # Optimisation

@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "randomness": set(HEART) - {"errors"},
     "ema": set(HEART) - {"errors"},
     "error_bins": set(HEART) - {"errors"},
+    "feedback": set(HEART) - {"errors"},
     "draws": {"objective", "models"},
     "embedded": set(HEART),
     "data": {"objective", "schedulers"},

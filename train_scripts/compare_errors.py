@@ -21,7 +21,15 @@ from training_parts import make_scheduler
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
-SAME = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "prediction_type")
+SAME = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "flow_shift",
+)
 """What must be the same for errors at a timestep to be errors of the same thing."""
 
 

@@ -60,7 +60,7 @@ class StepLog:
         """Takes in the losses of a micro-step without waiting for them."""
         bits = result.squared_error.new_zeros(()) if result.variance_bits is None else result.variance_bits.mean()
         self.sums += torch.stack((result.loss.detach(), result.squared_error.mean(), bits))
-        self.bins.add(timesteps, result.squared_error)
+        self.bins.add(self.run.scheduler.timestep_indices(timesteps), result.squared_error)
         self.micro_steps += 1
 
     @labelled("logging")

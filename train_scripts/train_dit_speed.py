@@ -85,11 +85,20 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with labelled("forward and loss"):
                     result = denoising_loss(
-                        model, run.scheduler, clean, class_rows, part.timesteps, part.noise, run.learned_variance
+                        model,
+                        run.scheduler,
+                        clean,
+                        class_rows,
+                        part.timesteps,
+                        part.noise,
+                        run.learned_variance,
+                        part.progress,
                     )
                 with labelled("backward"):
                     accelerator.backward(result.loss / layout.accumulation)
             log.add(result, part.timesteps)
+            if run.feedback is not None:
+                run.feedback.add(part.timesteps, result.squared_error)
         with labelled("gradient norm"):
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
             run.guard.observe(grad_norm, step + 1)
@@ -103,6 +112,8 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
 
         done, is_end = step + 1, step + 1 == config.max_train_steps
         log.advance()
+        if run.feedback is not None:
+            run.feedback.advance(done, accelerator.reduce)
         if is_end or done % config.logging_steps == 0:
             log.write(done, grad_norm)
         if stopped_by := stop.look(run, done):

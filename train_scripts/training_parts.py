@@ -10,7 +10,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL
 
 from run_folder import LOGGING_FOLDER
-from speed_diffusers import SpeeDDDPMScheduler
+from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.checkpoints import read_state
 from speed_diffusers.data.images import ImageSource, open_images
 from speed_diffusers.data.latents import check_resolution
@@ -18,6 +18,7 @@ from speed_diffusers.data.order import BatchLayout
 from speed_diffusers.errors import InputError
 from speed_diffusers.hub import load_transformer, prediction_type_of
 from speed_diffusers.models import NULL_CLASS, TrainableDiT, build_dit, dit_config
+from speed_diffusers.predictions import FLOW_PREDICTION
 from speed_diffusers.randomness import keyed_generator
 from speed_diffusers.train_config import TrainConfig
 from speed_diffusers.variance import LEARNED_RANGE, LearnedVariance
@@ -42,32 +43,45 @@ def open_data(config: TrainConfig) -> ImageSource:
     )
 
 
-def make_scheduler(config: TrainConfig) -> SpeeDDDPMScheduler:
+TrainingScheduler = SpeeDDDPMScheduler | SpeeDFlowMatchEulerDiscreteScheduler
+"""What a run is trained with."""
+
+ONLY_DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "variance_type")
+"""Options that a flow knows nothing of."""
+
+
+def make_scheduler(config: TrainConfig) -> TrainingScheduler:
     """The noise schedule with SpeeD.
 
     Raises:
-        InputError: A `speed_` value is outside its range.
+        InputError: A `speed_` value is outside its range or does not fit the schedule, or an option has no effect.
     """
-    return SpeeDDDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-        clip_sample=False,
-        speed_sampling=config.speed_sampling,
-        speed_weighting=config.speed_weighting,
-        speed_k=config.speed_k,
-        speed_tau=config.speed_tau,
-        speed_r=config.speed_r,
-        speed_lambda=config.speed_lambda,
+    speed = {name: value for name, value in vars(config).items() if name.startswith("speed_")}
+    if config.prediction_type != FLOW_PREDICTION:
+        if config.flow_shift != 1.0:
+            raise InputError(f"flow_shift={config.flow_shift}: only prediction_type=flow_prediction knows it.")
+        return SpeeDDDPMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=config.beta_schedule,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+            prediction_type=config.prediction_type,
+            variance_type=config.variance_type,
+            clip_sample=False,
+            **speed,
+        )
+    defaults = TrainConfig()
+    for name in ONLY_DIFFUSION:
+        if getattr(config, name) != getattr(defaults, name):
+            raise InputError(f"{name}={getattr(config, name)}: prediction_type=flow_prediction does not know it.")
+    return SpeeDFlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config.num_train_timesteps, shift=config.flow_shift, **speed
     )
 
 
 def make_learned_variance(
-    config: TrainConfig, scheduler: SpeeDDDPMScheduler, device: torch.device
+    config: TrainConfig, scheduler: TrainingScheduler, device: torch.device
 ) -> LearnedVariance | None:
     """The variance term of the loss, or None where the network predicts no variance.
 
@@ -78,6 +92,7 @@ def make_learned_variance(
         if config.weight_variance_loss:
             raise InputError("weight_variance_loss=true, but only variance_type=learned_range has a variance term.")
         return None
+    assert isinstance(scheduler, SpeeDDDPMScheduler)  # a flow with a learned variance is no scheduler at all
     return LearnedVariance.from_scheduler(
         scheduler,
         prediction_type=config.prediction_type,

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from run_folder import check_numbers, check_output_dir, check_resumed_config, open_output_dir
 from run_results import score_settings
-from speed_diffusers import SpeeDDDPMScheduler
-from speed_diffusers.checkpoints import load_checkpoint, read_state
+from speed_diffusers.checkpoints import load_checkpoint, load_learned, read_state
 from speed_diffusers.data.images import ImageDataset, ImageSource, collate
 from speed_diffusers.data.latents import LatentDataset, cache_latents, sample_latents, vae_fingerprint
 from speed_diffusers.data.order import BatchLayout, BatchOrder
@@ -24,6 +23,7 @@ from speed_diffusers.draws import StepDraws
 from speed_diffusers.ema import ExponentialMovingAverage, fitted_decay
 from speed_diffusers.errors import InputError
 from speed_diffusers.export import embedding_row_names
+from speed_diffusers.feedback import ErrorFeedback
 from speed_diffusers.guard import NonFiniteGuard
 from speed_diffusers.hub import load_vae
 from speed_diffusers.models import TrainableDiT
@@ -33,6 +33,7 @@ from speed_diffusers.tracking import check_trackers
 from speed_diffusers.train_config import TrainConfig
 from speed_diffusers.variance import LearnedVariance
 from training_parts import (
+    TrainingScheduler,
     check_same_step,
     make_accelerator,
     make_layout,
@@ -50,8 +51,10 @@ class TrainingRun:
 
     config: TrainConfig
     accelerator: Accelerator
-    scheduler: SpeeDDDPMScheduler
+    scheduler: TrainingScheduler
     learned_variance: LearnedVariance | None
+    feedback: ErrorFeedback | None
+    """Of a density that learns from errors; None for all others."""
     source: ImageSource
     vae: AutoencoderKL
     core: TrainableDiT
@@ -87,6 +90,7 @@ class TrainingRun:
             class_dropout_prob=self.config.class_dropout_prob,
             random_flip=self.config.random_flip,
             device=self.accelerator.device,
+            progress=step / self.config.max_train_steps,
         )
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -130,7 +134,7 @@ class Inputs:
 
     config: TrainConfig
     accelerator: Accelerator
-    scheduler: SpeeDDDPMScheduler
+    scheduler: TrainingScheduler
     source: ImageSource
     vae: AutoencoderKL
     core: TrainableDiT
@@ -197,13 +201,18 @@ def start_run(inputs: Inputs) -> TrainingRun:
         state = read_state(inputs.checkpoint)
         first_step, seconds = state["step"], state.get("seconds", 0.0)
         set_learning_rate(lr_scheduler, first_step)
+    scheduler = inputs.scheduler
+    feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_adaptive else None
+    if feedback is not None and inputs.checkpoint is not None:
+        feedback.load_state_dict(load_learned(inputs.checkpoint), is_main_process=accelerator.is_main_process)
     lock = open_output_dir(config, layout.accumulation, inputs.checkpoint) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     return TrainingRun(
         config=config,
         accelerator=accelerator,
-        scheduler=inputs.scheduler,
-        learned_variance=make_learned_variance(config, inputs.scheduler, accelerator.device),
+        scheduler=scheduler,
+        learned_variance=make_learned_variance(config, scheduler, accelerator.device),
+        feedback=feedback,
         source=inputs.source,
         vae=inputs.vae,
         core=core,

@@ -116,6 +116,10 @@ class SpeeDSchedulerMixin:
         """
         return weights(self.speed_strategy.tables(progress), timesteps)
 
+    def timestep_indices(self, timesteps: Tensor) -> Tensor:
+        """Index in [0, T) of each training timestep, int64, 0 having the least noise: here the timestep itself."""
+        return timesteps
+
     @property
     def speed_is_adaptive(self) -> bool:
         """Whether the density learns from the errors of the training, and so needs `update_speed`."""
