@@ -18,6 +18,9 @@ from speed_diffusers.pipelines.pipeline_dit_speed import SCHEDULERS
 from speed_diffusers.samplers import SAMPLERS, make_sampler
 from speed_diffusers.sampling import speed_pipeline
 
+# diffusers takes arrays of tensors in a way that numpy will change.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 STOCHASTIC = {"ddpm", "euler_ancestral"}
 # Largest error after 50 steps, on any of the schedules below, of values up to 4 deviations of 0.5 away. Another
 # schedule's betas err by 0.3 at least; how exact each solver is on one schedule is in test_pipeline_solvers.py.
