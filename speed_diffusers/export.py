@@ -14,7 +14,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
 )
 
 from .models import label_to_embedding_row
@@ -48,7 +47,7 @@ def inference_pipeline(
     return pipeline
 
 
-def _inference_scheduler(schedule: Mapping[str, Any]) -> SchedulerMixin:
+def _inference_scheduler(schedule: Mapping[str, Any]) -> Any:
     """DDIM on the schedule of the training, or Euler's method on its flow."""
     if "beta_schedule" not in schedule:
         return FlowMatchEulerDiscreteScheduler(

@@ -5,11 +5,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
 
 from .embedded import EMBEDDED, EMBEDDED_PIPELINE
 from .errors import InputError
 from .pipelines import SpeeDDiTPipeline
+from .predictions import FLOW_PREDICTION
 
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
@@ -27,9 +27,6 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
     folder = _pipeline_folder(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(f"model={name}: the folder holds no pipeline (no model_index.json, no pipeline/ in it).")
-    # diffusers warns that the keys of id2label are text, which in JSON all keys are.
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
     place = str(folder) if folder.exists() else name
     try:
         DiTPipeline.load_config(place, revision=revision)
@@ -44,8 +41,6 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded("pipeline", name, error) from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
 
 
 def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:
@@ -75,6 +70,8 @@ def prediction_type_of(name: str, *, revision: str | None = None) -> str | None:
         )
     except OSError:
         return None
+    if "beta_schedule" not in config and "shift" in config:
+        return FLOW_PREDICTION
     return str(config.get("prediction_type", "epsilon"))
 
 

@@ -94,7 +94,7 @@ def save_state(run: "TrainingRun", step: int) -> None:
             "version": speed_diffusers.__version__,
         },
         is_main_process=run.accelerator.is_main_process,
-        learned=None if run.feedback is None else run.feedback.state_dict(run.accelerator.reduce),
+        learned=None if run.feedback is None else run.feedback.state_dict(run.summed),
     )
     if run.accelerator.is_main_process:
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)

@@ -76,7 +76,7 @@ class StepLog:
         self.stop_if_not_finite()
         # One reduction and one copy to the host: means, then the bins' sums and counts.
         totals = torch.cat((self.sums / self.micro_steps / run.accelerator.num_processes, self.bins.totals.flatten()))
-        loss, squared_error, bits, *binned = run.accelerator.reduce(totals, reduction="sum").tolist()
+        loss, squared_error, bits, *binned = run.summed(totals).tolist()
         self._mark()
         images_seen = done * run.layout.global_batch
         values = {"loss": loss, "squared_error": squared_error}

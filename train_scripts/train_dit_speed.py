@@ -113,7 +113,7 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
         done, is_end = step + 1, step + 1 == config.max_train_steps
         log.advance()
         if run.feedback is not None:
-            run.feedback.advance(done, accelerator.reduce)
+            run.feedback.advance(done, run.summed)
         if is_end or done % config.logging_steps == 0:
             log.write(done, grad_norm)
         if stopped_by := stop.look(run, done):

@@ -79,6 +79,11 @@ class TrainingRun:
         return Path(self.config.output_dir)
 
     @labelled("draws")
+    def summed(self, tensor: Tensor) -> Tensor:
+        """A tensor summed over all processes."""
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
+
     def draws(self, step: int) -> StepDraws:
         """All random draws of an optimizer step."""
         shape = self.core.transformer.config
