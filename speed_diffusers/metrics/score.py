@@ -95,7 +95,7 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     if not rows or min(rows) < 0 or max(rows) > table:
         raise InputError(f"class_rows={rows}: must be rows of the label table, 0 to {table}.")
     resolution = pipeline.transformer.config.sample_size * vae_factor(pipeline.vae)
-    _check_measurable(settings, resolution)
+    check_measurable(settings, resolution)
     guided = settings.guidance_scale != 1
     return Protocol(
         num_images=settings.num_images,
@@ -119,8 +119,16 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     )
 
 
-def _check_measurable(settings: ScoreSettings, resolution: int) -> None:
-    """Makes sure that images of this resolution can be measured against the reference."""
+def check_measurable(settings: ScoreSettings, resolution: int) -> None:
+    """Makes sure that images can be measured, before there is a pipeline to make them.
+
+    Args:
+        settings: Its metrics, extractor, reference and number of images are looked at.
+        resolution: Side of the images in pixels.
+
+    Raises:
+        InputError: The reference is of another resolution or extractor, or lacks what a metric needs.
+    """
     extractor, reference = settings.extractor, settings.reference
     if reference.resolution not in (None, resolution):
         raise InputError(
