@@ -242,6 +242,14 @@ def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_fold
     assert len(load_scores(run / "scores")) == 2, "another reference, another protocol"
 
 
+def test_a_pipeline_that_does_not_tell_its_step_is_scored_without(run: Path) -> None:
+    (run / "pipeline" / "speed_training.json").write_text("{}")
+    (run / "checkpoint-12" / "state.json").write_text("{")
+    evaluate.main(["models=run", *QUICK])
+    (record,) = load_scores(run / "scores")
+    assert (record.step, record.images_seen) == (None, None)
+
+
 def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     damaged = run / "checkpoint-10" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")

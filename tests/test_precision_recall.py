@@ -78,13 +78,14 @@ def test_by_hand_on_a_line() -> None:
     assert precision_recall(generated, real, nearest=1) == PrecisionRecall(1 / 3, 1.0)
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_copies_of_one_point_count_as_inside(shift: float) -> None:
-    # All radii are 0, where the rounding of a distance decides.
-    features = torch.full((10, 64), 0.1, dtype=torch.float64) + shift
-    far = torch.cat((features[:5], normal(5, 8, 64) * 1e3))
-    assert precision_recall(features, features) == PrecisionRecall(1.0, 1.0)
-    assert precision_recall(far, features).precision == 0.5
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_copies_of_points_lie_in_their_balls_of_radius_0(scale: float) -> None:
+    # The rounding of a distance decides here, where a plain comparison of float64 numbers fails.
+    points = scale * normal(8, 8, 64)
+    features = points.repeat(10, 1)
+    assert precision_recall(features, features[torch.randperm(80)]) == PrecisionRecall(1.0, 1.0)
+    near = torch.cat((features[:40], features[40:] + 1e-3 * scale))
+    assert precision_recall(near, features).precision == 0.5
 
 
 def test_a_reference_sorted_by_class_is_not_cut_at_its_first_classes() -> None:

@@ -24,6 +24,7 @@ from speed_diffusers.metrics.protocol import (
 )
 from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pipeline
 from speed_diffusers.metrics.score_record import Environment, Score, ScoreRecord, load_score, load_scores, save_score
+from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 FEW = ScoreSettings(num_images=20, num_inference_steps=2)
 
@@ -141,6 +142,18 @@ def test_agreement_goes_by_name_and_without_names_by_number(pipeline: DiTPipelin
     renamed.labels = {names[row]: 9 - row for row in range(10)}
     swapped = score_pipeline(renamed, replace(FEW, class_rows=rows)).class_agreement
     assert swapped is not None and by_name is not None and swapped < 0.3 < by_name
+
+
+def test_the_row_of_no_class_is_no_class_of_the_extractor(pipeline: DiTPipeline) -> None:
+    extractor = load_extractor()
+
+    def always_the_first(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean(dim=(2, 3)).repeat(1, 22)[:, :64], torch.eye(10)[:1].expand(len(images), 10)
+
+    settings = replace(FEW, class_rows=(1, 2), extractor=replace(extractor, function=always_the_first, classes=None))
+    other = SpeeDDiTPipeline(**pipeline.components, null_class_id=0)
+    assert score_pipeline(pipeline, settings).class_agreement == 0.0, "rows 1 and 2 are classes 1 and 2"
+    assert score_pipeline(other, settings).class_agreement == 0.5, "rows 1 and 2 are classes 0 and 1"
 
 
 def test_wrong_rows_are_named(pipeline: DiTPipeline) -> None:

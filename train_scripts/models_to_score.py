@@ -12,7 +12,7 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
 from run_folder import CONFIG_FILE, METRICS_FILE, PIPELINE_FOLDER, SCORES_FOLDER
-from speed_diffusers.checkpoint_folders import EMA, MANIFEST, MODEL, STATE, digest, list_checkpoints
+from speed_diffusers.checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
 from speed_diffusers.checkpoints import read_state
 from speed_diffusers.config import load_config
 from speed_diffusers.embedded import EMBEDDED, EMBEDDED_PIPELINE
@@ -20,6 +20,7 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.export import SIDECAR, inference_pipeline
 from speed_diffusers.hub import load_pipeline, load_vae
 from speed_diffusers.models import export_transformer
+from speed_diffusers.tracking import read_metrics
 from speed_diffusers.train_config import TrainConfig
 from training_parts import make_model, make_scheduler, open_data
 
@@ -94,8 +95,9 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
         InputError: Nothing is.
     """
     found = list_checkpoints(folder)
-    timed = [line for line in read_metrics(folder / METRICS_FILE) if "seconds" in line]
-    global_batch = next((read_state(path)["global_batch"] for path in found if (path / STATE).is_file()), None)
+    logged = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    timed = [line for line in logged if "seconds" in line]
+    global_batch = global_batch_of(found)
 
     def place(checkpoint: Path | None, step: int) -> Place:
         # Not every step is logged.
@@ -105,9 +107,8 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
 
     places: dict[int, Place] = {}
     if _has_pipeline(folder) and weights == "ema":
-        step = pipeline_place(str(folder)).step
-        if step is not None:
-            places[step] = place(None, step)
+        end = pipeline_place(str(folder))
+        places[-1 if end.step is None else end.step] = end if end.step is None else place(None, end.step)
     for path in found if checkpoints else []:
         if problem := _problem_of(path, WEIGHTS[weights]):
             logger.warning("Passing over a damaged checkpoint: %s", problem)
@@ -122,12 +123,25 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
     return [places[step] for step in sorted(places)]
 
 
+def global_batch_of(checkpoints: list[Path]) -> int | None:
+    """Images an optimizer step, which a run keeps; None if no checkpoint tells."""
+    for checkpoint in checkpoints:
+        try:
+            return int(read_state(checkpoint)["global_batch"])
+        except (OSError, ValueError, KeyError):
+            logger.warning("Passing over a damaged checkpoint: %s", checkpoint)
+    return None
+
+
 def pipeline_place(name: str) -> Place:
     """The step that a pipeline's sidecar file tells; None where it has none."""
     folder = EMBEDDED_PIPELINE if name == EMBEDDED else Path(name)
     for sidecar in (folder / PIPELINE_FOLDER / SIDECAR, folder / SIDECAR):
         if sidecar.is_file():
-            return Place(None, json.loads(sidecar.read_text())["training_config"]["max_train_steps"])
+            try:
+                return Place(None, int(json.loads(sidecar.read_text())["training_config"]["max_train_steps"]))
+            except (ValueError, KeyError, TypeError):
+                break  # of another version, or by another hand
     return Place(None, None)
 
 
@@ -153,17 +167,6 @@ def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:
     except RuntimeError as error:
         raise InputError(f"{checkpoint} is a checkpoint of another model than its run's.") from error
     cast(Any, pipeline).register_modules(transformer=transformer)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`, up to the first that was cut short; none where there is no file."""
-    lines: list[dict[str, float]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def _is_run(folder: Path) -> bool:

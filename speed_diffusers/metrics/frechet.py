@@ -3,8 +3,8 @@
 Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", arXiv:1706.08500, equation 6. Over
 Inception features the number is known as FID. Over any other features it is not, and is never called so here.
 
-Written out because clean-fid and torch-fidelity import scipy, whose `sqrtm` has changed under them, and take their own
-Inception features only where it comes to mean and covariance.
+Written out because clean-fid imports scipy when it is imported, and passes `sqrtm` an argument that SciPy 1.18 no
+longer takes. torch-fidelity's entry point takes images and extractors registered with it; references here are files.
 """
 
 import torch

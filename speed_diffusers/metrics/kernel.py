@@ -4,7 +4,7 @@ Source: Binkowski et al. 2018, "Demystifying MMD GANs", arXiv:1801.01401, sectio
 features, averaged over random subsets, the number is known as KID. Over any other features it is not, and is never
 called so here. All features enter at once, so there is no choice of subsets and no seed.
 
-Written out because clean-fid and torch-fidelity import scipy when they are imported, and measure subsets.
+Written out because clean-fid, which imports scipy when it is imported, and torch-fidelity average over random subsets.
 """
 
 from functools import lru_cache

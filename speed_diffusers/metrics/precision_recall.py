@@ -4,8 +4,8 @@ Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for As
 arXiv:1904.06991, equations 1 and 2. Each set's manifold is taken as the union of balls around its samples that reach
 to their k-th nearest neighbour in the set.
 
-Written out because clean-fid has no precision and recall, and torch-fidelity imports scipy and measures its own
-registered extractors.
+Written out because clean-fid has no precision and recall, and torch-fidelity's entry point takes images and extractors
+registered with it, where references here are files of features.
 """
 
 from dataclasses import dataclass

@@ -120,14 +120,14 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
 
 
 def check_measurable(settings: ScoreSettings, resolution: int) -> None:
-    """Makes sure that images of this resolution can be measured against the reference.
+    """Makes sure that images can be measured, before there is a pipeline to make them.
 
     Args:
-        settings: How they are to be scored.
+        settings: Its metrics, extractor, reference and number of images are looked at.
         resolution: Side of the images in pixels.
 
     Raises:
-        InputError: The reference is of another size or extractor, a metric is unknown or needs more images.
+        InputError: The reference is of another resolution or extractor, or lacks what a metric needs.
     """
     extractor, reference = settings.extractor, settings.reference
     if reference.resolution not in (None, resolution):
