@@ -49,7 +49,6 @@ class _Setting:
     default: object = None
     help: str = ""
     choices: tuple[object, ...] = ()
-    has_parameters: bool = False
 
     @property
     def words(self) -> str:
@@ -68,8 +67,7 @@ def load_config(schema: type[T], argv: Sequence[str], script_dir: Path, *, defau
 
     Args:
         schema: Flat dataclass whose fields all have defaults, of type int, float, str, bool, a list of the first
-            three, or any of these `| None`. Field metadata: "help" (one line), "choices" (tuple, or callable),
-            "parameters" (true: a choice may be followed by a colon and what belongs to it).
+            three, or any of these `| None`. Field metadata: "help" (one line), "choices" (tuple, or callable).
         argv: The command line without the program's name.
         script_dir: The folder that holds `configs/`.
         default: The config to read when the command line names none; None reads no file.
@@ -173,8 +171,7 @@ def _settings(schema: "type[DataclassInstance]") -> dict[str, _Setting]:
         default = field.default_factory() if callable(field.default_factory) else field.default
         choices, about = field.metadata.get("choices", ()), field.metadata.get("help", "")
         choices = tuple(choices() if callable(choices) else choices)
-        has_parameters = field.metadata.get("parameters", False)
-        settings[field.name] = _Setting(field.name, item, is_list, optional, default, about, choices, has_parameters)
+        settings[field.name] = _Setting(field.name, item, is_list, optional, default, about, choices)
     return settings
 
 
@@ -296,8 +293,6 @@ def _parse(setting: _Setting, text: str) -> object:
     except (KeyError, ValueError) as error:
         words = _PLAIN_WORDS[setting.item] if setting.is_list else setting.words
         raise InputError(f"{setting.key}: '{text}' is not {words}") from error
-    # What a choice's parameters may be is for the program to say: name:parameter=value.
-    name = str(value).partition(":")[0] if setting.has_parameters else value
-    if setting.choices and name not in setting.choices:
-        raise unknown_name(setting.key, str(name), map(str, setting.choices))
+    if setting.choices and value not in setting.choices:
+        raise unknown_name(setting.key, str(value), map(str, setting.choices))
     return value

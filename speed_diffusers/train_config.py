@@ -13,19 +13,16 @@ from .variance import VARIANCE_TYPES
 from .weightings import WEIGHTINGS
 
 
-def option(default: Any, help: str, *, choices: Any = None, parameters: bool = False, free: bool = False) -> Any:
+def option(default: Any, help: str, *, choices: Any = None, free: bool = False) -> Any:
     """A dataclass field with its help text.
 
     Args:
         default: Default value; lists are copied.
         help: One line for `--help`.
         choices: Allowed names, if the value is one of a few.
-        parameters: A choice may have parameters behind a colon, as registries read them.
         free: The value may differ when a run is resumed, because it does not touch what is computed.
     """
-    metadata = {"help": help, "free": free, "parameters": parameters} | (
-        {"choices": tuple(choices)} if choices else {}
-    )
+    metadata = {"help": help, "free": free} | ({"choices": tuple(choices)} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -81,11 +78,12 @@ class TrainConfig:
         choices=VARIANCE_TYPES,
     )
     weight_variance_loss: bool = option(False, "The loss weight holds for the variance term too.")
+    # These two may have parameters behind their names, which their registries read.
     speed_sampling: str = option(
-        "asymmetric", "Density over timesteps, as in logit_normal:mean=0,std=1.", choices=DENSITIES, parameters=True
+        "asymmetric", f"Density over timesteps, as in logit_normal:mean=0,std=1. One of {', '.join(DENSITIES)}."
     )
     speed_weighting: str = option(
-        "change_aware", "Loss weight over timesteps, as in min_snr:gamma=5.", choices=WEIGHTINGS, parameters=True
+        "change_aware", f"Loss weight over timesteps, as in min_snr:gamma=5. One of {', '.join(WEIGHTINGS)}."
     )
     speed_k: float = option(5.0, "How many times more often steps before tau are drawn; at least 1.")
     speed_tau: float | None = option(

@@ -48,6 +48,7 @@ def trained(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path_factor
         "num_validation_images": 2,
         "num_inference_steps": 2,
         "report_to": "[]",
+        "num_score_images": "None",
     }
     train_dit_speed.main([f"{key}={value}" for key, value in options.items()])
     return folder

@@ -162,7 +162,7 @@ def test_the_loss_of_a_flow_is_the_hand_formula() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["speed_sampling=logit_norml:mean=0"], "Unknown speed_sampling 'logit_norml'.*Did you mean 'logit_normal'"),
+        (["speed_sampling=logit_norml:mean=0"], r"\(speed_sampling\) 'logit_norml'.*Did you mean 'logit_normal'"),
         (["speed_sampling=logit_normal:men=0"], "Unknown parameter .*'men'.*Did you mean 'mean'"),
         (["speed_weighting=min_snr:gamma=-1"], "gamma=-1 must be in"),
         (["speed_draw=pared"], "Unknown speed_draw 'pared'.*Did you mean 'paired'"),
