@@ -175,7 +175,7 @@ def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     axes.margins(y=0.01)
     axes.set_xlabel(f"microseconds a call, batch {BATCH_SIZE}, one core")
     axes.set_title("What drawing and weighing timesteps costs", fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from noise_schedules import chi_square_p_value
 
@@ -191,6 +191,24 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
     assert torch.equal(plain.sigmas, scheduler.sigmas) and back.config.speed_k == 3.0
     assert type(scheduler.to_inference()) is FlowMatchEulerDiscreteScheduler
     assert scheduler.to_inference().config.shift == 3.0
+
+
+def test_a_prediction_type_left_from_another_scheduler_does_not_count() -> None:
+    plain = DDPMScheduler(prediction_type="epsilon")
+    flow = SpeeDFlowMatchEulerDiscreteScheduler.from_config(plain.config, speed_weighting="min_snr")
+    assert flow.speed_tables.settings.prediction_type == "flow_prediction"
+    assert torch.equal(flow.speed_tables.weights, ours(speed_weighting="min_snr").speed_tables.weights)
+
+
+def test_errors_are_counted_by_index() -> None:
+    scheduler = ours(speed_sampling="information_rate:bins=10")
+    for step in range(20):
+        timesteps = scheduler.sample_timesteps(256, generator=seeded(step))
+        indices = scheduler.timestep_indices(timesteps)
+        sums = torch.zeros(1000).index_add_(0, indices, timesteps / 1000)
+        scheduler.update_speed(sums, torch.bincount(indices, minlength=1000))
+    pmf = scheduler.speed_tables.pmf
+    assert float(pmf.sum()) == pytest.approx(1.0) and float(pmf.max() / pmf.min()) > 2
 
 
 def test_turned_around_sigmas_are_refused() -> None:

@@ -43,7 +43,7 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("guidance_scale=0.5", "guidance_scale=0.5: must be at least 1"),
         ("num_inference_steps=2000", "num_inference_steps=2000: at most num_train_timesteps=1000"),
         ("speed_sampling=asymetric", "speed_sampling 'asymetric'. Did you mean 'asymmetric'"),
-        ("speed_weighting=p3", "Unknown speed_weighting 'p3'.*Allowed: change_aware, none"),
+        ("speed_weighting=p3", "Unknown speed_weighting 'p3'. Did you mean 'p2'. Allowed: change_aware, cosmap"),
         ("speed_tau=1001", r"speed_tau=1001: must be a whole number in \[1, 1000\]"),
         ("speed_tau=0", r"speed_tau=0: must be a whole number in \[1, 1000\]"),
         ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
