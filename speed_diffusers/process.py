@@ -241,7 +241,8 @@ class ForwardProcess:
         Args:
             r: Magnitude by which the signal's variance must have shrunk, above 1.
         """
-        settled = torch.nonzero(1.0 - self.noise_level <= 1.0 / r)
+        # A step at 1/r but for the rounding of a float32 schedule is settled, on every machine.
+        settled = torch.nonzero(1.0 - self.noise_level <= (1.0 + 1e-6) / r)
         return int(settled[0]) if len(settled) else self.num_train_timesteps
 
     def areas(self, tau: int) -> Areas:

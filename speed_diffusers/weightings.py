@@ -101,7 +101,7 @@ def theory(process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
 @WEIGHTINGS.register(
     "p2",
     summary="P2: (k + SNR)^-gamma on epsilon; with k = gamma = 1 it is the noise level, SpeeD's first weight.",
-    reference="P2, [arXiv 2204.00227](https://arxiv.org/abs/2204.00227), section 3.2",
+    reference="P2, [arXiv 2204.00227](https://arxiv.org/abs/2204.00227): lambda_t / (k + SNR)^gamma",
     parameters=(
         Parameter("k", 1.0, "(0, inf)", "limits the weight of steps with much noise"),
         Parameter("gamma", 1.0, "[0, 10]", "how strongly steps with little noise are held down; 0: not at all"),
@@ -126,7 +126,8 @@ def min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -
 @WEIGHTINGS.register(
     "soft_min_snr",
     summary="Min-SNR with a smooth knee: gamma / (gamma + SNR) on epsilon.",
-    reference="HDiT, [arXiv 2401.11605](https://arxiv.org/abs/2401.11605); gamma=4 is 1 / sigma_data^2 of k-diffusion",
+    reference="HDiT, [arXiv 2401.11605](https://arxiv.org/abs/2401.11605); gamma=4 is 1 / sigma_data^2 of "
+    "k-diffusion, not checked against the paper",
     parameters=(Parameter("gamma", 4.0, "(0, inf)", "SNR of the knee"),),
 )
 def soft_min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -> Tensor:
@@ -148,8 +149,8 @@ def debiased(process: ForwardProcess, settings: SpeeDSettings, *, limit: float) 
 @WEIGHTINGS.register(
     "max_snr",
     summary="Truncated SNR, also called max-SNR: max(SNR, gamma) on x_0.",
-    reference="Progressive distillation, [arXiv 2202.00512](https://arxiv.org/abs/2202.00512), section 4; named "
-    "max-SNR in Min-SNR's code",
+    reference="Progressive distillation, [arXiv 2202.00512](https://arxiv.org/abs/2202.00512), not checked there; "
+    "named max-SNR in Min-SNR's code",
     parameters=(Parameter("gamma", 1.0, "(0, inf)", "smallest SNR that counts"),),
 )
 def max_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -> Tensor:

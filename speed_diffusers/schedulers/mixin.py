@@ -117,7 +117,7 @@ class SpeeDSchedulerMixin:
         return weights(self.speed_strategy.tables(progress), timesteps)
 
     def timestep_indices(self, timesteps: Tensor) -> Tensor:
-        """Index in [0, T) of each training timestep, int64, 0 having the least noise: here the timestep itself."""
+        """Index in [0, T) of each timestep, int64, as `update_speed` counts them: here the timesteps themselves."""
         return timesteps
 
     @property
@@ -129,8 +129,8 @@ class SpeeDSchedulerMixin:
         """Tells a density that learns the errors of one or more batches, summed over all processes.
 
         Args:
-            error_sums: Shape (T,), by index: sum over the samples of each timestep of the prediction's mean squared
-                error, without loss weight.
+            error_sums: Shape (T,), by `timestep_indices`: sum over the samples of each timestep of the prediction's
+                mean squared error, without loss weight.
             error_counts: Shape (T,): how many samples that were.
 
         Raises:
@@ -168,5 +168,6 @@ class SpeeDSchedulerMixin:
         config = cast(Any, self).config
         values = {key.removeprefix(PREFIX): config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
         values["lambda_"] = values.pop("lambda")
-        predicted = FLOW_PREDICTION if is_rectified_flow(self) else "epsilon"
-        return SpeeDOptions(**values, prediction_type=config.get("prediction_type") or predicted)
+        # A flow's config may hold the key of a scheduler that it was converted from.
+        predicted = FLOW_PREDICTION if is_rectified_flow(self) else config.get("prediction_type") or "epsilon"
+        return SpeeDOptions(**values, prediction_type=predicted)

@@ -91,7 +91,7 @@ def edm(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: f
 @DENSITIES.register(
     "gaussian",
     summary="Log SNR is normal.",
-    reference="log SNR as the variable: VDM, [arXiv 2107.00630](https://arxiv.org/abs/2107.00630), section 5; "
+    reference="log SNR as the variable: VDM, [arXiv 2107.00630](https://arxiv.org/abs/2107.00630); "
     "mean and std are ours to choose",
     parameters=(
         Parameter("mean", 0.0, "[-20, 20]", "of log SNR; above 0 favours little noise"),
