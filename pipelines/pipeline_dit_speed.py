@@ -186,9 +186,6 @@ class SpeeDDiTPipeline(DiTPipeline):
             scheduler = copy.copy(scheduler)
             scheduler.register_to_config(variance_type=None)
         scheduler.set_timesteps(num_inference_steps)
-        if hasattr(scheduler, "set_begin_index"):
-            # Else it is looked up by the first timestep, which steps rounded to integers may hold twice.
-            scheduler.set_begin_index(0)
         return scheduler
 
     def _predict(self, inputs: Tensor, step: Tensor, labels: Tensor, guided: int) -> Tensor:

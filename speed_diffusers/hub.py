@@ -5,7 +5,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.utils import logging as diffusers_logging
 
 from .embedded import EMBEDDED, EMBEDDED_PIPELINE
 from .errors import InputError
@@ -27,9 +26,6 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
     folder = _pipeline_folder(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(f"model={name}: the folder holds no pipeline (no model_index.json, no pipeline/ in it).")
-    # diffusers warns that the keys of id2label are text, which in JSON all keys are.
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
     place = str(folder) if folder.exists() else name
     try:
         DiTPipeline.load_config(place, revision=revision)
@@ -44,8 +40,6 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded("pipeline", name, error) from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
 
 
 def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:

@@ -28,6 +28,9 @@ SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
+# What all of diffusers' solvers know; DDPM's and DDIM's know some more.
+COMMON_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
 
 def make_sampler(name: str, pipeline: DiTPipeline) -> SchedulerMixin:
     """A scheduler for a pipeline by the name of its sampler; the pipeline keeps its own.
@@ -53,18 +56,25 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def _schedule(config: Mapping[str, Any], sampler: str, spacing: str, *, zero_snr_known: bool = True) -> dict[str, Any]:
     """Keywords of the training's schedule, with the spacing of the sampler's steps.
 
+    All are given, because in converting one scheduler into another diffusers leaves out values that are the first
+    one's defaults, and the defaults differ.
+
     Raises:
         InputError: Flow matching, or a schedule that ends without signal where the sampler divides by the signal.
     """
     if is_flow(config):
         raise InputError(f"sampler={sampler}: the model was trained for flow matching; use euler or heun.")
-    kept = {key: config[key] for key in SCHEDULE}
+    kept = {**{key: config[key] for key in SCHEDULE}, "timestep_spacing": spacing}
+    if kept["trained_betas"] is None and kept["beta_schedule"] not in COMMON_BETAS:
+        betas = {key: value for key, value in kept.items() if key.startswith(("beta", "num"))}
+        kept |= {"trained_betas": DDPMScheduler(**betas).betas.tolist(), "beta_schedule": "linear"}
     if not config.get("rescale_betas_zero_snr"):
-        return {**kept, "timestep_spacing": spacing}
+        return kept
     if not zero_snr_known:
         raise InputError(f"sampler={sampler}: the model's schedule ends without signal, where this solver fails.")
     # Such a schedule must be sampled from its very end (Lin et al., arXiv 2305.08891, section 3.3).
-    return {**kept, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    ends = "trailing" if spacing == "leading" else spacing
+    return {**kept, "timestep_spacing": ends, "rescale_betas_zero_snr": True}
 
 
 @SAMPLERS.register("ddim", summary="Deterministic, first order.", reference="Song et al., arXiv 2010.02502, eq. 12")
@@ -127,6 +137,8 @@ def euler(config: Mapping[str, Any], predicts_variance: bool) -> SchedulerMixin:
 )
 def euler_ancestral(config: Mapping[str, Any], predicts_variance: bool) -> SchedulerMixin:
     """Euler's method with fresh noise in each step."""
+    if config.get("prediction_type") == "sample":
+        raise InputError("sampler=euler_ancestral: diffusers has none for models that predict the sample; use ddpm.")
     return EulerAncestralDiscreteScheduler(**_schedule(config, "euler_ancestral", "linspace"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 # Before any import that reads them: caches in a folder of this process, no telemetry, no Hub.
 CACHES = tempfile.TemporaryDirectory(prefix="speed_diffusers_tests_")
 os.environ["HF_DATASETS_CACHE"] = CACHES.name
+os.environ["HF_MODULES_CACHE"] = CACHES.name
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -24,15 +24,16 @@ class GaussianDiT(DiTTransformer2DModel):
     ripple = 0.0
     flow = False
     prediction_type = "epsilon"
+    alphas_cumprod = ALPHAS_CUMPROD
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True) -> Any:
         sample, dtype = hidden_states, hidden_states.dtype
         if self.flow:
             signal, noise = 1 - timestep / 1000, timestep / 1000
         else:
-            # Between timesteps diffusers' solvers interpolate the noise-to-signal ratio.
-            ratio = np.sqrt(1 / ALPHAS_CUMPROD - 1)
-            found = torch.from_numpy(np.interp(timestep.double().numpy(), np.arange(1000), ratio))
+            # Between timesteps diffusers' solvers interpolate the noise-to-signal ratio, which must be finite.
+            ratio = np.sqrt(1 / np.maximum(self.alphas_cumprod, 2.0**-24) - 1)
+            found = torch.from_numpy(np.interp(timestep.double().numpy(), np.arange(len(ratio)), ratio))
             signal = (1 + found**2).rsqrt()
             noise = found * signal
         signal, noise = (value.double()[:, None, None, None] for value in (signal, noise))

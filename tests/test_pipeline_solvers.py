@@ -23,6 +23,9 @@ from torch import Tensor
 
 from speed_diffusers.pipelines.pipeline_dit_speed import SCHEDULERS
 
+# diffusers takes arrays of tensors in a way that numpy will change.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 LABELS = [3, 10, 0, 7, 7]
 LEARNED = {**SCHEDULE, "variance_type": "learned_range", "timestep_spacing": "linspace", "clip_sample": False}
 

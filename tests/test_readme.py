@@ -1,5 +1,6 @@
 """The README's code runs, and every command in it starts."""
 
+import inspect
 import os
 import re
 import shlex
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
 import evaluate
 import make_reference_statistics
 import sample
 import train_dit_speed
 from speed_diffusers.metrics.score_record import load_scores
+from speed_diffusers.pipelines import SpeeDDiTPipeline
+from speed_diffusers.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -53,6 +56,28 @@ def test_the_pipeline_example_runs_without_this_package(tmp_path: Path) -> None:
     check = "\nimport sys\nassert len(images) == 2 and 'speed_diffusers' not in sys.modules\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", PYTHON[1] + check], cwd=tmp_path, env=environment, check=True)
+
+
+def test_the_generation_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    shipped = ROOT / "speed_diffusers" / "assets" / "fashion_mnist" / "pipeline"
+    (tmp_path / "runs" / "quickstart" / "pipeline").symlink_to(shipped)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    monkeypatch.chdir(tmp_path)
+    by_import, as_file = PYTHON[2:4]
+    assert len([line for line in by_import.splitlines() if line.strip()]) <= 10
+    names: dict[str, Any] = {}
+    exec(by_import, names)
+    assert len(names["images"]) == 2 and type(names["pipeline"].scheduler) is DDPMScheduler
+    exec(as_file, names)
+    assert names["image"].size == (32, 32) and type(names["pipeline"]).__name__ == "SpeeDDiTPipeline"
+
+
+def test_the_readme_lists_every_new_argument_and_sampler() -> None:
+    stock, ours = (inspect.signature(kind.__call__).parameters for kind in (DiTPipeline, SpeeDDiTPipeline))
+    section = README.split("## Generate")[1].split("\n## ")[0]
+    missing = [name for name in [*(set(ours) - set(stock)), *SAMPLERS] if f"`{name}" not in section]
+    assert not missing
 
 
 @pytest.mark.parametrize("index", range(len(arguments_of("train_dit_speed.py"))))

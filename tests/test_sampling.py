@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from tiny_run import DIT
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
 from speed_diffusers.export import inference_pipeline
 from speed_diffusers.models import NULL_CLASS, build_dit, export_transformer
-from speed_diffusers.sampling import choose_classes, class_samples, generate
+from speed_diffusers.randomness import keyed_generator
+from speed_diffusers.sampling import choose_classes, class_samples, generate, row_names_of, speed_pipeline
 
 ROWS = [3, 1, 4, 1, 5]
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "crane", 3: "crane", 4: "T-shirt/top"}
@@ -31,7 +32,7 @@ def pipeline(tiny_vae: Path) -> DiTPipeline:
     return pipeline
 
 
-def images(pipeline: DiTPipeline, rows: list[int], **options: float) -> np.ndarray:
+def images(pipeline: DiTPipeline, rows: list[int], **options: object) -> np.ndarray:
     return np.concatenate(list(generate(pipeline, rows, num_inference_steps=3, **options)))  # type: ignore[arg-type]
 
 
@@ -46,6 +47,43 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: DiTPipeline, guidance_s
         np.testing.assert_allclose(others, together, atol=1e-4)
     differences = [np.abs(a - b).mean() for i, a in enumerate(together) for b in together[i + 1 :]]
     assert min(differences) > 1e-3, "all images differ, those of one class too"
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++", "euler"])
+def test_an_image_of_any_sampler_is_its_own(pipeline: DiTPipeline, sampler: str) -> None:
+    together = images(pipeline, ROWS, sampler=sampler, guidance_scale=2.0)
+    np.testing.assert_allclose(
+        images(pipeline, ROWS, sampler=sampler, guidance_scale=2.0, batch_size=2), together, atol=1e-4
+    )
+    assert np.abs(together - images(pipeline, ROWS, guidance_scale=2.0)).max() > 1e-3
+    assert type(pipeline.scheduler) is DDIMScheduler, "the pipeline keeps its own"
+
+
+def test_guidance_is_passed_on(pipeline: DiTPipeline) -> None:
+    options = {"guidance_scale": 4.0, "guidance_channels": 3, "guidance_interval": (0.0, 0.4)}
+    found = images(pipeline, ROWS, **options)
+    generators = [keyed_generator(0, "image", index) for index in range(5)]
+    again = speed_pipeline(pipeline)(ROWS, generator=generators, num_inference_steps=3, output_type="np", **options)
+    assert np.array_equal(found, again.images)
+    for name in ("guidance_channels", "guidance_interval"):
+        others = images(pipeline, ROWS, **{key: value for key, value in options.items() if key != name})
+        assert np.abs(found - others).max() > 1e-4
+
+
+def test_a_stock_pipeline_is_wrapped_with_its_names(pipeline: DiTPipeline) -> None:
+    named = DiTPipeline(**pipeline.components, id2label=NAMES)
+    wrapped = speed_pipeline(named)
+    # Of two classes with one name the stock pipeline has forgotten the first.
+    assert wrapped.labels == named.labels and sorted(row_names_of(wrapped)) == [0, 1, 3, 4]
+    assert wrapped.transformer is named.transformer and wrapped.scheduler is named.scheduler
+    assert speed_pipeline(wrapped) is wrapped
+    ours = speed_pipeline(wrapped, "ddpm")
+    assert ours.scheduler is not wrapped.scheduler and row_names_of(ours) == row_names_of(wrapped)
+
+
+def test_unknown_sampler_is_an_input_error(pipeline: DiTPipeline) -> None:
+    with pytest.raises(InputError, match="Unknown sampler 'dimm'. Did you mean 'ddim'"):
+        images(pipeline, ROWS, sampler="dimm")
 
 
 def test_processes_share_a_set(pipeline: DiTPipeline) -> None:
