@@ -26,7 +26,7 @@ TRAIN = [
     "pyyaml",
 ]
 EVAL = ["clean-fid", "scipy"]
-TEST = [*TRAIN, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "scipy"]
+TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
 setup(
