@@ -12,7 +12,6 @@ goes on where it was. Results: speed_vs_uniform/*.json, a table and a picture be
 
 import json
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ from speed_diffusers.hub import load_pipeline
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.train_config import option
+from training_runs import trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "speed_vs_uniform"
-TRAIN = HERE.parent / "train_scripts" / "train_dit_speed.py"
 ARMS = ("paper", "uniform")
 
 
@@ -48,21 +47,16 @@ class BenchmarkConfig:
 
 def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
     """Trains one arm, or goes on with it, unless it is done; returns its folder."""
-    folder = Path(config.runs_dir) / f"{arm}-{seed}"
-    if (folder / "pipeline").is_dir():
-        return folder
-    settings = {key: value for key, value in PRESETS[arm].items() if value is not None}
-    settings |= {
-        "prediction_type": "epsilon",
-        "seed": seed,
-        "max_train_steps": config.max_train_steps,
-        "checkpointing_steps": 500,
-        "checkpoints_total_limit": 1,
-        "output_dir": folder,
-        "resume_from_checkpoint": "latest",
-    }
-    subprocess.run([sys.executable, TRAIN, *(f"{key}={value}" for key, value in settings.items())], check=True)
-    return folder
+    strategy = {key: value for key, value in PRESETS[arm].items() if value is not None}
+    return trained_run(
+        Path(config.runs_dir) / f"{arm}-{seed}",
+        **strategy,
+        prediction_type="epsilon",
+        seed=seed,
+        max_train_steps=config.max_train_steps,
+        checkpointing_steps=500,
+        checkpoints_total_limit=1,
+    )
 
 
 def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
