@@ -30,7 +30,6 @@ class StepDraws:
 
     Attributes:
         timesteps: (G,), int64; float32 of a flow.
-        progress: Share of the training that is done, in [0, 1); None where it was not told.
         dropped: bool (G,), samples trained without their label.
         flipped: bool (G,), samples mirrored left to right.
         noise: float32 (G, C, H, W), what is added to the latents.
@@ -42,7 +41,6 @@ class StepDraws:
     flipped: Tensor
     noise: Tensor
     encoder_noise: Tensor
-    progress: float | None = None
 
     @classmethod
     def at_step(
@@ -57,7 +55,18 @@ class StepDraws:
         device: torch.device,
         progress: float | None = None,
     ) -> "StepDraws":
-        """Draws for optimizer step `step`, counted from 0; `latent_shape` is (global batch, C, H, W)."""
+        """Draws for optimizer step `step`, counted from 0.
+
+        Args:
+            scheduler: Draws the timesteps.
+            seed: Of the run.
+            step: Optimizer step, from 0.
+            latent_shape: (global batch, C, H, W).
+            class_dropout_prob: Share of samples without their label.
+            random_flip: Whether half of the samples are mirrored.
+            device: Where the results live.
+            progress: Share of the training that is done, for densities that change in its course.
+        """
         size = latent_shape[0]
 
         def uniform(purpose: str) -> Tensor:
@@ -75,16 +84,10 @@ class StepDraws:
             flipped=(uniform("flip") < flip_prob).to(device, non_blocking=True),
             noise=normal("noise"),
             encoder_noise=normal("encoder noise"),
-            progress=progress,
         )
 
     def part(self, span: slice) -> "StepDraws":
         """The draws of some positions of the global batch."""
         return StepDraws(
-            self.timesteps[span],
-            self.dropped[span],
-            self.flipped[span],
-            self.noise[span],
-            self.encoder_noise[span],
-            self.progress,
+            self.timesteps[span], self.dropped[span], self.flipped[span], self.noise[span], self.encoder_noise[span]
         )

@@ -70,7 +70,7 @@ def prediction_target(scheduler: TrainingScheduler, clean: Tensor, noise: Tensor
         InputError: A prediction type other than epsilon, v_prediction, sample, or a flow's.
     """
     # A flow's scheduler has no such key: it knows one target.
-    kind = scheduler.config.get("prediction_type", FLOW_PREDICTION)
+    kind = getattr(scheduler.config, "prediction_type", FLOW_PREDICTION)
     if kind == "epsilon":
         return noise
     if kind in ("v_prediction", FLOW_PREDICTION):

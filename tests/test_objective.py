@@ -198,7 +198,7 @@ def test_objective_asks_the_scheduler_for_its_interface_only() -> None:
     scheduler = SimpleNamespace(
         config=SimpleNamespace(prediction_type="epsilon"),
         add_noise=lambda clean, noise, timesteps: clean + noise,
-        loss_weights=lambda timesteps: torch.full(timesteps.shape, 2.0),
+        loss_weights=lambda timesteps, progress: torch.full(timesteps.shape, 2.0),
     )
     clean, noise, timesteps = batch_of()
     result = denoising_loss(lambda sample, timestep, rows: sample, scheduler, clean, timesteps, timesteps, noise)

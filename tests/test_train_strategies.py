@@ -100,7 +100,6 @@ def test_progress_is_the_share_of_the_steps_that_are_done() -> None:
         draws = StepDraws.at_step(
             scheduler, latent_shape=(20_000, 1, 1, 1), device=torch.device("cpu"), progress=progress, **common
         )
-        assert draws.part(slice(0, 2)).progress == progress
         shares.append(float((draws.timesteps >= 700).float().mean()))
     assert shares[0] == pytest.approx(300 / (700 * 25 + 300), abs=0.004)
     assert shares[1] == pytest.approx(300 / (700 * 13 + 300), abs=0.006)

@@ -92,7 +92,7 @@ def train(run: TrainingRun, stop: "StopRequest") -> int | None:
                         part.timesteps,
                         part.noise,
                         run.learned_variance,
-                        part.progress,
+                        run.progress(step),
                     )
                 with labelled("backward"):
                     accelerator.backward(result.loss / layout.accumulation)

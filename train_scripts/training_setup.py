@@ -78,12 +78,16 @@ class TrainingRun:
         """Folder of the run."""
         return Path(self.config.output_dir)
 
-    @labelled("draws")
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over all processes."""
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
+    def progress(self, step: int) -> float:
+        """Share of the training that is done before an optimizer step, in [0, 1)."""
+        return step / self.config.max_train_steps
+
+    @labelled("draws")
     def draws(self, step: int) -> StepDraws:
         """All random draws of an optimizer step."""
         shape = self.core.transformer.config
@@ -95,7 +99,7 @@ class TrainingRun:
             class_dropout_prob=self.config.class_dropout_prob,
             random_flip=self.config.random_flip,
             device=self.accelerator.device,
-            progress=step / self.config.max_train_steps,
+            progress=self.progress(step),
         )
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
