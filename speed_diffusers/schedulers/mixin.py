@@ -50,13 +50,16 @@ class SpeeDSchedulerMixin:
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
-        """What draws and weighs, built on first use.
+        """What draws and weighs, built on first use and again when the config's `prediction_type` has changed.
+
+        Some trainers set that type with `register_to_config` after the scheduler was made; weightings by SNR depend on
+        it. What a density has learned is then forgotten, for it was learned from other errors.
 
         Raises:
             InputError: A `speed_` value is outside its range or names nothing, or the host cannot be read.
         """
         strategy = self.__dict__.get("_speed_strategy")
-        if strategy is None:
+        if strategy is None or strategy.options.prediction_type != self._speed_prediction_type:
             strategy = SpeeDStrategy(ForwardProcess.from_scheduler(cast(Any, self)), self._speed_options())
             self._speed_strategy = strategy
         return cast(SpeeDStrategy, strategy)
@@ -160,9 +163,13 @@ class SpeeDSchedulerMixin:
         config = {key: value for key, value in cast(Any, self).config.items() if not key.startswith(PREFIX)}
         return cast(SchedulerMixin, cast(Any, host).from_config(config))
 
+    @property
+    def _speed_prediction_type(self) -> str:
+        predicted = FLOW_PREDICTION if is_rectified_flow(self) else "epsilon"
+        return cast(Any, self).config.get("prediction_type") or predicted
+
     def _speed_options(self) -> SpeeDOptions:
         config = cast(Any, self).config
         values = {key.removeprefix(PREFIX): config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
         values["lambda_"] = values.pop("lambda")
-        predicted = FLOW_PREDICTION if is_rectified_flow(self) else "epsilon"
-        return SpeeDOptions(**values, prediction_type=config.get("prediction_type") or predicted)
+        return SpeeDOptions(**values, prediction_type=self._speed_prediction_type)
