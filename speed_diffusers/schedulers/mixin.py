@@ -50,13 +50,16 @@ class SpeeDSchedulerMixin:
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
-        """What draws and weighs, built on first use.
+        """What draws and weighs, built on first use and again when the config's `prediction_type` has changed.
+
+        Some trainers set that type with `register_to_config` after the scheduler was made; weightings by SNR depend on
+        it. What a density has learned is then forgotten, for it was learned from other errors.
 
         Raises:
             InputError: A `speed_` value is outside its range or names nothing, or the host cannot be read.
         """
         strategy = self.__dict__.get("_speed_strategy")
-        if strategy is None:
+        if strategy is None or strategy.options.prediction_type != self._speed_prediction_type:
             strategy = SpeeDStrategy(ForwardProcess.from_scheduler(cast(Any, self)), self._speed_options())
             self._speed_strategy = strategy
         return cast(SpeeDStrategy, strategy)
@@ -164,10 +167,15 @@ class SpeeDSchedulerMixin:
         config = {key: value for key, value in cast(Any, self).config.items() if not key.startswith(PREFIX)}
         return cast(SchedulerMixin, cast(Any, host).from_config(config))
 
+    @property
+    def _speed_prediction_type(self) -> str:
+        # A flow's config may hold the key of a scheduler that it was converted from.
+        if is_rectified_flow(self):
+            return FLOW_PREDICTION
+        return str(cast(Any, self).config.get("prediction_type") or "epsilon")
+
     def _speed_options(self) -> SpeeDOptions:
         config = cast(Any, self).config
         values = {key.removeprefix(PREFIX): config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
         values["lambda_"] = values.pop("lambda")
-        # A flow's config may hold the key of a scheduler that it was converted from.
-        predicted = FLOW_PREDICTION if is_rectified_flow(self) else config.get("prediction_type") or "epsilon"
-        return SpeeDOptions(**values, prediction_type=predicted)
+        return SpeeDOptions(**values, prediction_type=self._speed_prediction_type)
