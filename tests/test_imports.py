@@ -46,6 +46,8 @@ ROOMS: dict[str, set[str]] = {
     "train_config": set(),
     "metrics": {"objective"},
     "plots": {"objective"},
+    "strategy_plot": {"objective", "models", "schedulers"},
+    "training_cost": set(HEART) - {"errors"},
     "profiling": set(HEART) - {"errors"},
     "flops": set(HEART) - {"errors"},
     # Stands at the top of the repository and is installed inside the library, of which it imports nothing.

@@ -16,6 +16,7 @@ from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
 import evaluate
 import make_reference_statistics
+import plan
 import sample
 import train_dit_speed
 from speed_diffusers.metrics.score_record import load_scores
@@ -85,14 +86,14 @@ def test_every_training_command_starts(index: int, image_folder: Path, tiny_vae:
     AcceleratorState._reset_state()
     PartialState._reset_state()
     options = arguments_of("train_dit_speed.py")[index]
-    plan = [f"output_dir={tmp_path / 'run'}", "dry_run=true"]
+    dry = [f"output_dir={tmp_path / 'run'}", "dry_run=true"]
     kept = [option for option in options if not option.startswith("output_dir=")]
     if any(option.startswith("config=imagenet_256") for option in kept):
         # What needs the network or the machine of an ImageNet run is replaced by something small.
         kept = [option for option in kept if option.split("=")[0] not in ("train_data_dir", "dataset_name")]
-        plan += [f"train_data_dir={image_folder}", "dataset_name=None", "model=DiT-tiny/2"]
-        plan += [f"pretrained_vae_model_name_or_path={tiny_vae}"]
-    train_dit_speed.main([*kept, *plan])
+        dry += [f"train_data_dir={image_folder}", "dataset_name=None", "model=DiT-tiny/2"]
+        dry += [f"pretrained_vae_model_name_or_path={tiny_vae}"]
+    train_dit_speed.main([*kept, *dry])
     assert not (tmp_path / "run").exists()
 
 
@@ -101,6 +102,13 @@ def test_the_sampling_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (options,) = arguments_of("sample.py")
     sample.main([*options, "num_inference_steps=2", "num_images_per_class=1"])
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_the_planning_command_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (options,) = arguments_of("plan.py")
+    plan.main(options)
+    assert (tmp_path / "plan.png").stat().st_size > 20_000
 
 
 def test_the_scoring_commands_score(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

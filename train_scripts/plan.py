@@ -1,0 +1,212 @@
+"""See before you spend: areas, densities and weights of any strategies on any noise schedule, and what a run costs.
+
+    python train_scripts/plan.py
+    python train_scripts/plan.py config=imagenet_256/dit_xl2 strategies=paper,official,uniform gpu=H100 num_gpus=8
+    python train_scripts/plan.py scheduler=FlowMatchEulerDiscreteScheduler \\
+        'strategies=["paper", "logit_normal:mean=0+none", "uniform+min_snr:gamma=5"]'
+
+Takes every option of train_dit_speed.py and trains nothing. A strategy is a preset (paper, official, uniform, ...) or
+density+weighting, or density+weighting+draw, with parameters as in `speed_sampling`. Commas part the strategies, so
+one with a comma of its own is quoted: 'strategies=["uniform+p2:k=1,gamma=1", "paper"]'. Costs are estimates by
+formula.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+
+from command_line import run_script
+from plan_report import describe_cost, describe_strategies, strategy_tables
+from run_folder import CONFIG_FILE, check_numbers, check_writable
+from speed_diffusers.config import load_config
+from speed_diffusers.embedded import EMBEDDED, EMBEDDED_IMAGES, EMBEDDED_PIPELINE
+from speed_diffusers.errors import InputError
+from speed_diffusers.models import build_dit, dit_config
+from speed_diffusers.schedulers import speed_scheduler
+from speed_diffusers.strategy_plot import save_strategy_plot
+from speed_diffusers.train_config import TrainConfig, option
+from speed_diffusers.training_cost import GPUS, TrainingCost, gpu_named
+from speed_diffusers.variance import LEARNED_RANGE
+from training_parts import make_scheduler
+
+SCRIPT_DIR = Path(__file__).resolve().parent
+DEFAULT_CONFIG = "quickstart/fashion_mnist"
+SCHEDULER_FILE = "scheduler_config.json"
+
+IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167
+DEFAULT_VAE = (4, 8)
+"""Latent channels, and pixels along a side of one latent, of Stable Diffusion's autoencoders."""
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """Options of `plan.py`: the trainer's, and these."""
+
+    scheduler: str | None = option(
+        None,
+        "Noise schedule: folder of a scheduler, pipeline or run, or a scheduler class of diffusers; "
+        "None: from the options of the training.",
+    )
+    strategies: list[str] = option(
+        [], 'What to compare: presets or density+weighting, ["a","b"] if one has a comma; empty: the run\'s, uniform.'
+    )
+    progress: float = option(0.0, "Share of the training that is done, in [0, 1], for what changes in its course.")
+    gpu: str | None = option("A100", f"For hours and memory: {', '.join(GPUS)}; None leaves them out.")
+    num_gpus: int = option(1, "GPUs that share the run, each taking train_batch_size images at once.")
+    mfu: float = option(0.25, "Assumed share of the GPU's bf16 peak that training reaches, in (0, 1].")
+    num_images: int | None = option(None, "Images of the data; None: known for the shipped images and ImageNet.")
+    output: str | None = option("plan.png", "PNG file to write; None writes none.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan and draws the picture.
+
+    Raises:
+        InputError: Wrong options, or a strategy that the schedule does not allow; nothing has been written.
+    """
+    config = load_config(PlanConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
+    _check(config)
+    if config.scheduler is None:
+        scheduler = make_scheduler(config)
+        costs = describe_cost(training_cost(config), gpu=config.gpu, num_gpus=config.num_gpus, mfu=config.mfu)
+    else:
+        _refuse_options_of_training(argv)
+        scheduler = open_scheduler(config.scheduler)
+        costs = "A scheduler says nothing of a network: for costs give config=NAME or the options of a training."
+    strategies = strategy_tables(scheduler, config.strategies, config.progress)
+    areas = scheduler.speed_areas
+    print(describe_strategies(strategies, areas), costs, sep="\n\n")
+    if config.output is not None:
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_strategy_plot(strategies, areas, _title(scheduler, config), output)
+        print(f"\nSaved {output}.")
+
+
+def _check(config: PlanConfig) -> None:
+    check_numbers(config)
+    for name in ("num_gpus", "num_images"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: must be at least 1.")
+    if not 0 < config.mfu <= 1:
+        raise InputError(f"mfu={config.mfu}: must lie in (0, 1]; it is the share of the GPU's peak that is used.")
+    if config.gpu is not None:
+        gpu_named(config.gpu)
+    if len(set(config.strategies)) < len(config.strategies):
+        raise InputError(f"strategies={','.join(config.strategies)}: one is given twice.")
+    if config.output is not None:
+        output = Path(config.output)
+        if output.suffix != ".png" or output.is_dir():
+            raise InputError(f"output={output}: must be a file that ends in .png.")
+        check_writable("output", output.parent)
+
+
+def _refuse_options_of_training(argv: list[str]) -> None:
+    """Options that a given scheduler would leave without effect are no slip to pass over."""
+    own = {"scheduler", "strategies", "progress", "output"}
+    given = [re.sub("^--", "", word).split("=")[0].replace("-", "_") for word in argv]
+    known = {*PlanConfig.__dataclass_fields__, "config"}
+    for name in given:
+        if name in known and name not in own:
+            allowed = ", ".join(sorted(own - {"scheduler"}))
+            raise InputError(f"{name} has no effect beside scheduler=...; what goes with it: {allowed}.")
+
+
+def open_scheduler(name: str) -> Any:
+    """A scheduler with SpeeD: saved in a folder, that of a run or a pipeline, or of a class by its defaults.
+
+    Raises:
+        InputError: There is none, or it cannot be used for training.
+    """
+    folder = Path(name)
+    if (folder / CONFIG_FILE).is_file():
+        # What a run's pipeline carries is for sampling; its options have SpeeD's settings too.
+        return make_scheduler(load_config(TrainConfig, [f"config={(folder / CONFIG_FILE).resolve()}"], SCRIPT_DIR))
+    if not folder.exists():
+        return speed_scheduler({"_class_name": name})
+    places = [folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InputError(f"scheduler={name}: neither a run, nor a pipeline or scheduler (no {SCHEDULER_FILE} in it).")
+    try:
+        saved = json.loads(found.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"scheduler={name}: {found} cannot be read ({error}).") from error
+    if not isinstance(saved, dict):
+        raise InputError(f"scheduler={name}: {found} holds no config of a scheduler.")
+    return speed_scheduler(saved)
+
+
+def training_cost(config: PlanConfig) -> TrainingCost:
+    """The run that the options describe, by its numbers; nothing is loaded but small files of the package.
+
+    Raises:
+        InputError: The autoencoder or the patches do not divide the images.
+    """
+    channels, factor = _latent_form(config.pretrained_vae_model_name_or_path)
+    if config.resolution % factor:
+        raise InputError(f"resolution={config.resolution}: must be a multiple of the autoencoder's factor, {factor}.")
+    architecture = dit_config(
+        config.model,
+        sample_size=config.resolution // factor,
+        in_channels=channels,
+        out_channels=2 * channels if config.variance_type == LEARNED_RANGE else channels,
+        num_classes=config.num_classes or 0,
+    )
+    with torch.device("meta"):
+        core = build_dit(architecture, None, tie_embedders=config.tie_embedders)
+    return TrainingCost(
+        config=architecture,
+        num_parameters=sum(parameter.numel() for parameter in core.parameters() if parameter.requires_grad),
+        global_batch=config.train_batch_size * config.gradient_accumulation_steps * config.num_gpus,
+        max_train_steps=config.max_train_steps,
+        num_images=_num_images(config),
+        random_flip=config.random_flip,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _latent_form(vae: str) -> tuple[int, int]:
+    """Latent channels and factor of an autoencoder in a folder; of one elsewhere, Stable Diffusion's are assumed."""
+    folder = EMBEDDED_PIPELINE if vae == EMBEDDED else Path(vae)
+    places = [folder / "pipeline" / "vae", folder / "vae", folder]
+    found = next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        return DEFAULT_VAE
+    saved = json.loads(found.read_text("utf-8"))
+    if not {"latent_channels", "block_out_channels"} <= set(saved):
+        raise InputError(f"pretrained_vae_model_name_or_path={vae}: {found} is not that of an AutoencoderKL.")
+    return int(saved["latent_channels"]), int(2 ** (len(saved["block_out_channels"]) - 1))
+
+
+def _num_images(config: PlanConfig) -> int | None:
+    known = config.num_images
+    if known is None and config.train_data_dir is None:
+        if config.dataset_name == EMBEDDED:
+            known = pyarrow.parquet.read_metadata(EMBEDDED_IMAGES).num_rows
+        elif config.dataset_name == IMAGENET:
+            known = IMAGENET_IMAGES
+    limit = config.max_train_samples
+    return known if known is None or limit is None else min(known, limit)
+
+
+def _title(scheduler: Any, config: PlanConfig) -> str:
+    process = scheduler.speed_strategy.process
+    kind = scheduler.config.get("beta_schedule")
+    kind = f"{kind} schedule" if kind else f"rectified flow, shift {process.flow_shift:g}"
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        kind += ", zero terminal SNR"
+    progress = f", at {config.progress:.0%} of the training" if config.progress else ""
+    name = type(scheduler).__name__.removeprefix("SpeeD")
+    predicted = scheduler.speed_strategy.options.prediction_type
+    return f"Timestep strategies on {name}: {kind}, {process.num_train_timesteps:,} steps, {predicted}{progress}"
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, PlanConfig)
