@@ -80,6 +80,22 @@ def _speed_values(name: str) -> dict[str, Any]:
     return chosen
 
 
+def describe_run(scheduler: Any, cost: TrainingCost, *, gpu: str | None = None, num_gpus: int = 1) -> str:
+    """A run's own strategy beside uniform sampling, and its costs, as text: what a dry run has to say of both.
+
+    Args:
+        scheduler: The run's, with SpeeD.
+        cost: The run by its numbers.
+        gpu: As for `describe_cost`.
+        num_gpus: As for `describe_cost`.
+
+    Raises:
+        InputError: Unknown GPU.
+    """
+    strategies = describe_strategies(strategy_tables(scheduler, []), scheduler.speed_areas)
+    return f"{strategies}\n\n{describe_cost(cost, gpu=gpu, num_gpus=num_gpus)}"
+
+
 def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> str:
     """Areas, shares of the draws in them, and density, weight and product at some timesteps, as text.
 
@@ -171,9 +187,9 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     lines += [f"  {name:<20}{value:>18}   {how}" for name, value, how in rows]
     lines.append(
         "Left out: activations (they grow with train_batch_size; profile_training.py measures them), copies in bf16,\n"
-        "the VAE, the driver's memory; time of optimizer, data, latents, samples and scores. Published trainings of DiT-XL\n"
-        "reach 7 to 25 % of the peak, small models far less. No strategy changes what a step costs, only how many steps a\n"
-        "quality needs."
+        "the VAE, the driver's memory; time of optimizer, data, latents, samples and scores. Published trainings of\n"
+        "DiT-XL reach 7 to 25 % of the peak, small models far less. No strategy changes what a step costs, only how\n"
+        "many steps a quality needs."
     )
     return "\n".join(lines)
 
