@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from plan import SCRIPT_DIR, PlanConfig, main, training_cost
-from plan_report import describe_cost, describe_run, own_name, strategy_tables
+from plan_report import describe_cost, describe_run, describe_strategies, own_name, strategy_tables
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.config import load_config, save_config
 from speed_diffusers.errors import InputError
@@ -136,6 +136,13 @@ def test_a_strategy_named_by_its_parts_takes_the_schedulers_numbers() -> None:
     assert own_name(scheduler) == "asymmetric+change_aware" and own_name(SpeeDDDPMScheduler()) == "paper"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["official"])) == "official"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["uniform"], speed_k=2.0)) == "uniform"
+
+
+def test_densities_that_learn_are_marked() -> None:
+    scheduler = SpeeDDDPMScheduler()
+    names = ["loss_second_moment+none", "paper", "logit_normal+none"]
+    printed = describe_strategies(strategy_tables(scheduler, names), scheduler.speed_areas)
+    assert [line.split()[0] for line in printed.splitlines() if "learns in training" in line] == names[:1]
 
 
 def test_a_run_is_described_in_one_call() -> None:

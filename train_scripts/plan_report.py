@@ -120,11 +120,17 @@ def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> 
     for name, tables in strategies.items():
         tau = "" if tables.settings.tau == areas.convergence.start else f"  (tau {tables.settings.tau})"
         density = relative_density(tables)
-        lines.append(name + tau)
+        lines.append(name + tau + ("  (learns in training; shown as it begins)" if _learns(name) else ""))
         lines.append(_row("  density/uniform", density, steps, width))
         lines.append(_row("  weight", tables.weights, steps, width))
         lines.append(_row("  density x weight", density * tables.weights, steps, width))
     return "\n".join(lines)
+
+
+def _learns(name: str) -> bool:
+    """Whether the density of a strategy adapts to the errors of the training, which a plan cannot know."""
+    parts = PLUS.split(name)
+    return len(parts) > 1 and isinstance(DENSITIES.parse(parts[0]).entry.function, type)
 
 
 def _words(area: range) -> str:
