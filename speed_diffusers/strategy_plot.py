@@ -17,8 +17,8 @@ SHADES = ("0.97", "0.92", "0.86")
 STYLES = ("-", "--", "-.", ":")
 STEEP = 20.0
 """A panel whose largest value is more than so many times its median gets a logarithmic axis."""
-FLOOR = 1e-4
-"""Values smaller than this share of a panel's largest would only stretch a logarithmic axis; they lie on its edge."""
+FLOOR = 0.02
+"""Values smaller than this share of the median would only stretch a logarithmic axis; they lie below its edge."""
 
 
 def relative_density(tables: SpeeDTables) -> Tensor:
@@ -78,18 +78,26 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
         _scale(axes, torch.cat(drawn_values))
     _mark_areas(panels, areas)
     figure.suptitle(title, fontsize=11)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, handlelength=3)
     figure.savefig(path)
 
 
+def axis_range(values: Tensor) -> tuple[str, float, float]:
+    """The scale of an axis ("linear", or "log" where a few values would flatten all others), and its two ends.
+
+    Args:
+        values: Everything that is drawn on the axis, any shape, none negative and not all zero.
+    """
+    highest, median = float(values.max()), float(values.median())
+    if highest <= STEEP * median:
+        return "linear", 0.0, 1.12 * highest
+    lowest = float(values[values > FLOOR * median].min())
+    return "log", 0.7 * lowest, 1.4 * highest
+
+
 def _scale(axes: Axes, values: Tensor) -> None:
-    """A linear axis from 0, or a logarithmic one where a few values would flatten all others."""
-    highest = float(values.max())
-    if highest > STEEP * float(values.median()):
-        lowest = float(values[values > FLOOR * highest].min())
-        axes.set(yscale="log", ylim=(0.7 * lowest, 1.4 * highest))
-    else:
-        axes.set_ylim(0, 1.12 * highest)
+    scale, low, high = axis_range(values)
+    axes.set(yscale=scale, ylim=(low, high))
     axes.grid(axis="y", color="white", linewidth=0.8)
     axes.set_axisbelow(True)
 

@@ -11,13 +11,13 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from plan import SCRIPT_DIR, PlanConfig, main, training_cost
-from plan_report import describe_cost, own_name, strategy_tables
+from plan_report import describe_cost, describe_run, describe_strategies, own_name, strategy_tables
 from speed_diffusers import SpeeDDDPMScheduler
 from speed_diffusers.config import load_config, save_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.schedulers import speed_scheduler
-from speed_diffusers.strategy_plot import area_shares, mean_weight, relative_density, save_strategy_plot
+from speed_diffusers.strategy_plot import area_shares, axis_range, mean_weight, relative_density, save_strategy_plot
 from speed_diffusers.timesteps import DENSITIES
 from speed_diffusers.train_config import TrainConfig
 from speed_diffusers.training_cost import GPUS, gpu_named
@@ -138,6 +138,22 @@ def test_a_strategy_named_by_its_parts_takes_the_schedulers_numbers() -> None:
     assert own_name(SpeeDDDPMScheduler(**PRESETS["uniform"], speed_k=2.0)) == "uniform"
 
 
+def test_densities_that_learn_are_marked() -> None:
+    scheduler = SpeeDDDPMScheduler()
+    names = ["loss_second_moment+none", "paper", "logit_normal+none"]
+    printed = describe_strategies(strategy_tables(scheduler, names), scheduler.speed_areas)
+    assert [line.split()[0] for line in printed.splitlines() if "learns in training" in line] == names[:1]
+
+
+def test_a_run_is_described_in_one_call() -> None:
+    cost = training_cost(load_config(PlanConfig, XL, SCRIPT_DIR))
+    text = describe_run(SpeeDDDPMScheduler(**PRESETS["official"]), cost, gpu="A100", num_gpus=2)
+    assert row(text, "official")[2] == "3.9%" and row(text, "uniform")[2] == "30.0%"
+    assert float(row(text, "GPU hours")[0]) == pytest.approx(2 * float(row(text, "hours on the clock")[0]), rel=1e-3)
+    # A strategy that is uniform already stands there once.
+    assert describe_run(SpeeDDDPMScheduler(**PRESETS["uniform"]), cost).count("density x weight") == 1
+
+
 def test_progress_shows_what_changes_in_training() -> None:
     scheduler = SpeeDDDPMScheduler(speed_anneal_start=0.0)
     late, early = (strategy_tables(scheduler, [], progress)["asymmetric+change_aware"] for progress in (1.0, 0.0))
@@ -230,3 +246,12 @@ def test_the_script_exits_with_2_and_one_line(tmp_path: Path) -> None:
 
 def test_gpus_are_named_in_any_case() -> None:
     assert gpu_named("a100-40gb") is GPUS["A100-40GB"] and gpu_named("rtx4090") is GPUS["RTX4090"]
+
+
+def test_a_steep_weight_leaves_the_others_on_the_axis() -> None:
+    tables = strategy_tables(SCHEDULERS["flow"](), ["uniform+sigma_sqrt", "paper", "uniform"])
+    scale, low, high = axis_range(torch.cat([each.weights for each in tables.values()]))
+    assert scale == "log" and low < 0.4 and high > 1e6
+    assert axis_range(tables["paper"].weights) == ("linear", 0.0, pytest.approx(1.12 * 0.6))
+    # A few steps that hardly count need no logarithm.
+    assert axis_range(tables["paper"].process.noise_level)[0] == "linear"

@@ -80,6 +80,22 @@ def _speed_values(name: str) -> dict[str, Any]:
     return chosen
 
 
+def describe_run(scheduler: Any, cost: TrainingCost, *, gpu: str | None = None, num_gpus: int = 1) -> str:
+    """A run's own strategy beside uniform sampling, and its costs, as text: what a dry run has to say of both.
+
+    Args:
+        scheduler: The run's, with SpeeD.
+        cost: The run by its numbers.
+        gpu: As for `describe_cost`.
+        num_gpus: As for `describe_cost`.
+
+    Raises:
+        InputError: Unknown GPU.
+    """
+    strategies = describe_strategies(strategy_tables(scheduler, []), scheduler.speed_areas)
+    return f"{strategies}\n\n{describe_cost(cost, gpu=gpu, num_gpus=num_gpus)}"
+
+
 def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> str:
     """Areas, shares of the draws in them, and density, weight and product at some timesteps, as text.
 
@@ -104,11 +120,17 @@ def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> 
     for name, tables in strategies.items():
         tau = "" if tables.settings.tau == areas.convergence.start else f"  (tau {tables.settings.tau})"
         density = relative_density(tables)
-        lines.append(name + tau)
+        lines.append(name + tau + ("  (learns in training; shown as it begins)" if _learns(name) else ""))
         lines.append(_row("  density/uniform", density, steps, width))
         lines.append(_row("  weight", tables.weights, steps, width))
         lines.append(_row("  density x weight", density * tables.weights, steps, width))
     return "\n".join(lines)
+
+
+def _learns(name: str) -> bool:
+    """Whether the density of a strategy adapts to the errors of the training, which a plan cannot know."""
+    parts = PLUS.split(name)
+    return len(parts) > 1 and isinstance(DENSITIES.parse(parts[0]).entry.function, type)
 
 
 def _words(area: range) -> str:
@@ -171,9 +193,9 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     lines += [f"  {name:<20}{value:>18}   {how}" for name, value, how in rows]
     lines.append(
         "Left out: activations (they grow with train_batch_size; profile_training.py measures them), copies in bf16,\n"
-        "the VAE, the driver's memory; time of optimizer, data, latents, samples and scores. Published trainings of DiT-XL\n"
-        "reach 7 to 25 % of the peak, small models far less. No strategy changes what a step costs, only how many steps a\n"
-        "quality needs."
+        "the VAE, the driver's memory; time of optimizer, data, latents, samples and scores. Published trainings of\n"
+        "DiT-XL reach 7 to 25 % of the peak, small models far less. No strategy changes what a step costs, only how\n"
+        "many steps a quality needs."
     )
     return "\n".join(lines)
 
