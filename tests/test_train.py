@@ -305,6 +305,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     main([*tiny_options, "dry_run=true"])
     printed = capsys.readouterr().out
     assert "convergence [700, 1000) 7.9%" in printed and "12 of 4 images" in printed
+    assert "mean weight E_p[w]" in printed and "FLOP" in printed
     assert not run_folder(tiny_options).exists()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import speed_diffusers
+from plan_report import describe_run
 from run_folder import (
     ERRORS_FILE,
     METRICS_FILE,
@@ -32,6 +33,7 @@ from speed_diffusers.profiling import labelled
 from speed_diffusers.sampling import choose_classes, class_samples
 from speed_diffusers.tracking import read_metrics
 from speed_diffusers.train_config import TrainConfig
+from speed_diffusers.training_cost import TrainingCost
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
@@ -67,6 +69,21 @@ def describe_plan(inputs: "Inputs") -> str:
         "output": config.output_dir,
     }
     return "\n".join(f"{name:>7}: {text}" for name, text in lines.items())
+
+
+def describe_costs(inputs: "Inputs") -> str:
+    """What the run's strategy draws and weighs, and what the run costs, as `plan.py` tells it."""
+    config, core = inputs.config, inputs.core
+    cost = TrainingCost(
+        config=core.transformer.config,
+        num_parameters=sum(parameter.numel() for parameter in core.parameters()),
+        global_batch=inputs.layout.global_batch,
+        max_train_steps=config.max_train_steps,
+        num_images=len(inputs.source),
+        random_flip=config.random_flip,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    return describe_run(inputs.scheduler, cost)
 
 
 def tracker_config(config: TrainConfig) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from types import FrameType
 import torch
 
 from command_line import run_script
-from plan_report import describe_strategies, strategy_tables
-from run_results import describe_plan, save_results, save_state, save_validation_grid, tracker_config
+from run_results import describe_costs, describe_plan, save_results, save_state, save_validation_grid, tracker_config
 from speed_diffusers.config import load_config
 from speed_diffusers.objective import denoising_loss, drop_labels
 from speed_diffusers.profiling import labelled
@@ -47,8 +46,7 @@ def main(argv: list[str]) -> None:
     inputs = check_inputs(config)
     inputs.accelerator.print(describe_plan(inputs))
     if config.dry_run:
-        tables = strategy_tables(inputs.scheduler, [])
-        inputs.accelerator.print("\n" + describe_strategies(tables, inputs.scheduler.speed_areas))
+        inputs.accelerator.print(f"\n{describe_costs(inputs)}")
         return
     run = start_run(inputs)
     run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
