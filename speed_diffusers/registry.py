@@ -193,6 +193,20 @@ class Registry(Mapping[str, Entry[F]]):
         return len(self._entries)
 
 
+def help_lines(registry: Registry[F]) -> str:
+    """All entries of a registry in one paragraph for `--help`: name, parameters with ranges, what it does."""
+    return " ".join(
+        name
+        + (
+            ":" + ",".join(f"{p.name}={p.default:g} in {_range(p)}" for p in entry.parameters)
+            if entry.parameters
+            else ""
+        )
+        + f": {entry.summary}"
+        for name, entry in registry.items()
+    )
+
+
 def markdown_table(registry: Registry[F]) -> str:
     """All entries of a registry as a Markdown table, for documentation and help."""
     lines = ["| name | what it does | parameters | source |", "|---|---|---|---|"]

@@ -7,6 +7,7 @@ from .embedded import EMBEDDED
 from .metrics.extractors import FASHION_MNIST
 from .models import MODEL_NAMES
 from .objective import PREDICTION_TYPES
+from .registry import help_lines
 from .samplers import SAMPLERS
 from .timesteps import DENSITIES, DRAWS
 from .variance import VARIANCE_TYPES
@@ -80,10 +81,10 @@ class TrainConfig:
     weight_variance_loss: bool = option(False, "The loss weight holds for the variance term too.")
     # These two may have parameters behind their names, which their registries read.
     speed_sampling: str = option(
-        "asymmetric", f"Density over timesteps, as in logit_normal:mean=0,std=1. One of {', '.join(DENSITIES)}."
+        "asymmetric", f"Density over timesteps, as in logit_normal:mean=0,std=1. {help_lines(DENSITIES)}"
     )
     speed_weighting: str = option(
-        "change_aware", f"Loss weight over timesteps, as in min_snr:gamma=5. One of {', '.join(WEIGHTINGS)}."
+        "change_aware", f"Loss weight over timesteps, as in min_snr:gamma=5. {help_lines(WEIGHTINGS)}"
     )
     speed_k: float = option(5.0, "How many times more often steps before tau are drawn; at least 1.")
     speed_tau: float | None = option(
