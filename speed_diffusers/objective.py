@@ -9,6 +9,7 @@ from torch import Tensor
 from .errors import unknown_name
 from .models import NULL_CLASS, label_to_embedding_row
 from .predictions import FLOW_PREDICTION
+from .process import is_rectified_flow
 from .variance import LearnedVariance
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", FLOW_PREDICTION)
@@ -69,8 +70,8 @@ def prediction_target(scheduler: TrainingScheduler, clean: Tensor, noise: Tensor
     Raises:
         InputError: A prediction type other than epsilon, v_prediction, sample, or a flow's.
     """
-    # A flow's scheduler has no such key: it knows one target.
-    kind = getattr(scheduler.config, "prediction_type", FLOW_PREDICTION)
+    # A flow knows one target, whatever the config that it was converted from had.
+    kind = FLOW_PREDICTION if is_rectified_flow(scheduler) else scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
     if kind in ("v_prediction", FLOW_PREDICTION):

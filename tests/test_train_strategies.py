@@ -140,8 +140,14 @@ def test_a_flow_is_trained_saved_and_sampled(tiny_options: list[str], tmp_path: 
     assert metrics(tuned)[0]["loss"] < lines[0]["loss"]
 
 
-def test_the_loss_of_a_flow_is_the_hand_formula() -> None:
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_loss_of_a_flow_is_the_hand_formula(converted: bool) -> None:
     scheduler = SpeeDFlowMatchEulerDiscreteScheduler(speed_weighting="none")
+    if converted:  # its config holds prediction_type="sample", which a flow must not heed
+        scheduler = SpeeDFlowMatchEulerDiscreteScheduler.from_config(
+            SpeeDDDPMScheduler(speed_weighting="none", prediction_type="sample").config
+        )
+        assert scheduler.config["prediction_type"] == "sample"
     generator = torch.Generator().manual_seed(0)
     clean, noise, prediction = (torch.randn(5, 4, 2, 2, generator=generator) for _ in range(3))
     timesteps = scheduler.sample_timesteps(5, generator=generator)

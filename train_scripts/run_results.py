@@ -34,6 +34,7 @@ from speed_diffusers.sampling import choose_classes, class_samples
 from speed_diffusers.tracking import read_metrics
 from speed_diffusers.train_config import TrainConfig
 from speed_diffusers.training_cost import TrainingCost
+from speed_diffusers.variance import LEARNED_RANGE
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
@@ -64,7 +65,7 @@ def describe_plan(inputs: "Inputs") -> str:
         "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
         f"{layout.per_device} a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
         "speed": f"{config.speed_sampling} sampling, {config.speed_weighting} weighting",
-        "target": f"{config.prediction_type}, {config.variance_type} variance",
+        "target": config.prediction_type + (", learned variance" if config.variance_type == LEARNED_RANGE else ""),
         "draws": shares,
         "output": config.output_dir,
     }

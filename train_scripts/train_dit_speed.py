@@ -1,6 +1,6 @@
 """Trains a class-conditional DiT with SpeeD and leaves a plain DiTPipeline.
 
-On any laptop, with the images and the autoencoder that the package ships (about ten minutes on two CPU cores):
+On any laptop, with the images and the autoencoder that the package ships (about five minutes on two CPU cores):
 
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_scripts/train_dit_speed.py
 
