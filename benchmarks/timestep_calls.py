@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from speed_diffusers import PRESETS, SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.config import load_config
+from speed_diffusers.profiling import OperationCounter
 from speed_diffusers.timesteps import DENSITIES, DRAWS
 from speed_diffusers.train_config import option
 from speed_diffusers.weightings import WEIGHTINGS
@@ -36,9 +36,6 @@ RESULTS = HERE / "timestep_calls"
 BATCH_SIZE = 256
 BUDGET = 200.0  # microseconds a call
 
-# What cannot be answered without the numbers of a tensor.
-WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
-
 
 @dataclass
 class BenchmarkConfig:
@@ -46,33 +43,6 @@ class BenchmarkConfig:
 
     num_calls: int = option(1000, "Timed calls of each kind; the median counts.")
     write: bool = option(True, "Write the results beside this file.")
-
-
-class HostSyncs(TorchDispatchMode):
-    """Counts operations on meta tensors whose result the host would have to wait for on a real device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and counts it if it waits."""
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if any(value.is_meta for value in tensors):
-            name = func.__name__.split(".")[0]
-            leaves = name in ("_to_copy", "copy_") and not _stays(tensors, kwargs)
-            # How many values a mask picks is known to the device alone.
-            masked = name in ("index", "index_put", "index_put_") and any(
-                index is not None and index.dtype == torch.bool for index in args[1]
-            )
-            self.count += name in WAITING or leaves or masked
-        return func(*args, **(kwargs or {}))
-
-
-def _stays(tensors: list[torch.Tensor], kwargs: dict[str, Any] | None) -> bool:
-    """Whether a copy stays on the meta device."""
-    device = (kwargs or {}).get("device")
-    return tensors[0].is_meta if device is None else torch.device(device).type == "meta"
 
 
 def strategies() -> dict[str, dict[str, Any]]:
@@ -107,11 +77,11 @@ def scheduler_of(settings: dict[str, Any]) -> Any:
 
 def host_syncs(scheduler: Any) -> int:
     """Waits in one draw and one look-up of weights on a device, tables made anew included."""
-    with HostSyncs() as syncs:
+    with OperationCounter() as counter:
         for progress in (0.1, 0.9):
             timesteps = scheduler.sample_timesteps(BATCH_SIZE, device="meta", progress=progress)
             scheduler.loss_weights(timesteps, progress=progress)
-    return syncs.count
+    return counter.host_waits.total()
 
 
 def microseconds(call: Callable[[int], object], num_calls: int) -> float:
