@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 # Read, not imported: importing the package would need torch before anything is installed.
-VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "speed_diffusers/__init__.py").read_text("utf-8"), re.M)[1]
+VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "speed_diffusers/version.py").read_text("utf-8"), re.M)[1]
 
 # diffusers is capped because scheduler classes spell out their parents' parameters and the exported model mirrors the
 # layout of its DiT; both are checked against these minors only.
@@ -29,10 +29,17 @@ EVAL = ["clean-fid", "scipy"]
 TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
+# They stand at the top because one runs them: a script by its path, a pipeline's file as diffusers' custom_pipeline.
+AT_THE_TOP = {
+    "speed_diffusers.pipelines": "pipelines",
+    "speed_diffusers.train_scripts": "train_scripts",
+    "speed_diffusers.train_scripts.assets": "train_scripts/assets",
+}
+
 setup(
     name="speed-diffusers",
     version=VERSION,
-    description="SpeeD for Hugging Face diffusers: train diffusion models in a fraction of the usual steps",
+    description="SpeeD for Hugging Face diffusers: which timesteps to train on, and how much each counts",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     author="The speed_diffusers authors",
@@ -50,10 +57,9 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["speed_diffusers", "speed_diffusers.*"]), "speed_diffusers.pipelines"],
-    # They stand at the top because each is a file to be used by itself, as diffusers' custom_pipeline.
-    package_dir={"speed_diffusers.pipelines": "pipelines"},
-    package_data={"speed_diffusers": ["py.typed", "assets/**"]},
+    packages=[*find_packages(include=["speed_diffusers", "speed_diffusers.*"]), *AT_THE_TOP],
+    package_dir=AT_THE_TOP,
+    package_data={"speed_diffusers": ["py.typed", "assets/**"], "speed_diffusers.train_scripts": ["configs/**"]},
     install_requires=CORE,
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "dev": DEV},
     zip_safe=False,

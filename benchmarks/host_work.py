@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host_work.py
 
-Takes steps between two logging steps by the training script's own loop, with a network of DiT-XL/2's depth and a width
+Takes the training script's own steps between two logging steps, with a network of DiT-XL/2's depth and a width
 of 8: each operation costs the host some microseconds, and on a GPU mostly a launch, whatever its tensors' size, so the
 counts are those of the large model. They depend on no clock and no load. This is host work, not the time of a step:
 a fused operation counts once, and waits within an operation are not seen. Beside them, on the same network, stand the
@@ -13,9 +13,9 @@ host_work.png in host_work/ beside this file.
 """
 
 import json
-import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,19 @@ from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from torch.profiler import record_function
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_scripts"))
-
-from command_line import run_script  # noqa: E402
-from measured_run import run_steps, temporary_run, trainer_options  # noqa: E402
-from measurement import environment  # noqa: E402
-from speed_diffusers.config import load_config  # noqa: E402
-from speed_diffusers.errors import InputError  # noqa: E402
-from speed_diffusers.models import DIT_SIZES, build_dit  # noqa: E402
-from speed_diffusers.objective import denoising_loss  # noqa: E402
-from speed_diffusers.profiling import PARTS, OperationCounter  # noqa: E402
-from speed_diffusers.randomness import keyed_generator  # noqa: E402
-from speed_diffusers.train_config import TrainConfig, option  # noqa: E402
-from train_dit_speed import DEFAULT_CONFIG, SCRIPT_DIR  # noqa: E402
-from training_setup import Inputs, TrainingRun  # noqa: E402
+from measurement import SCRIPT_DIR, environment
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
+from speed_diffusers.models import DIT_SIZES, build_dit
+from speed_diffusers.objective import denoising_loss
+from speed_diffusers.randomness import keyed_generator
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
+from speed_diffusers.training.profiling import PARTS, OperationCounter
+from speed_diffusers.training.run import Inputs, TrainingRun
+from speed_diffusers.training.setup import temporary_run
+from speed_diffusers.training.step import training_steps
+from speed_diffusers.training.step_log import StepLog
 
 NETWORK = "network"
 """Label of the network's forward pass, within that of forward and loss."""
@@ -52,10 +51,10 @@ OURS = "this package"
 class HostWorkConfig(TrainConfig):
     """Options of this benchmark: the trainer's, and these."""
 
-    counted_steps: int = option(20, "Steps to count, between two logging steps.")
+    counted_steps: int = option(20, "Steps to count, between two logging steps.", interval="[1, inf)")
     results_dir: str = option(str(Path(__file__).resolve().parent / "host_work"), "Where the results go.")
     # A few images do; counts do not depend on them.
-    max_train_samples: int | None = option(256, "Train on the first so many images only.")
+    max_train_samples: int | None = option(256, "Train on the first so many images only.", interval="[1, inf)")
 
 
 def main(argv: list[str]) -> None:
@@ -65,8 +64,6 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options; nothing has been written.
     """
     config = load_config(HostWorkConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
-    if config.counted_steps < 1:
-        raise InputError(f"counted_steps={config.counted_steps}: must be at least 1.")
     options = replace(
         trainer_options(config),
         logging_steps=config.counted_steps + 1,
@@ -75,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
     with temporary_run(options, steps=2 * config.counted_steps + 1, change=deep_and_narrow) as run:
         run.model.forward = record_function(NETWORK)(run.model.forward)
-        counter = run_steps(run, count(run, config.counted_steps))
+        counter = count(run, config.counted_steps)
         result: dict[str, Any] = {
             "host_waits": {
                 "steps": config.counted_steps,
@@ -92,8 +89,7 @@ def main(argv: list[str]) -> None:
                 "width": WIDTH,
                 "parameter_tensors": len(list(run.core.parameters())),
                 "batch": run.layout.global_batch,
-                "speed_sampling": options.speed_sampling,
-                "speed_weighting": options.speed_weighting,
+                **{key: options.speed[key] for key in ("speed_sampling", "speed_weighting")},
                 "prediction_type": options.prediction_type,
                 "seed": options.seed,
             },
@@ -118,13 +114,16 @@ def deep_and_narrow(inputs: Inputs) -> Inputs:
     return replace(inputs, core=build_dit(shape, generator, tie_embedders=inputs.config.tie_embedders).train())
 
 
-def count(run: TrainingRun, steps: int) -> Generator[None, None, OperationCounter]:
-    """Counts the steps that follow on the first logging step, up to the second; each `yield` is a step."""
-    for _ in range(run.config.logging_steps):
-        yield
+def count(run: TrainingRun, steps: int) -> OperationCounter:
+    """Counts the steps that follow on the first logging step, up to the second."""
+    taken, log = training_steps(run), StepLog(run)
+    for step in islice(taken, run.config.logging_steps):
+        log.add(step)
+    log.write(step)
     with OperationCounter((*PARTS, NETWORK)) as counter:
-        for _ in range(steps):
-            yield
+        for step in islice(taken, steps):
+            log.add(step)
+    log.close()
     return counter
 
 

@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from measurement import environment
-from speed_diffusers.config import load_config
-from speed_diffusers.hub import load_pipeline
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Options, option
+from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
-from speed_diffusers.train_config import option
 from training_runs import trained_run
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "class_
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Options):
     """Options of this benchmark."""
 
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")

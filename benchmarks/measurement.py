@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT_DIR = ROOT / "train_scripts"
+"""The folder of the training script, in whose configs/ configurations are looked for."""
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy")
 
 

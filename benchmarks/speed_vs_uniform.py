@@ -21,11 +21,11 @@ import torch
 from matplotlib.figure import Figure
 
 from measurement import commit
-from speed_diffusers.config import load_config
-from speed_diffusers.hub import load_pipeline
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Options, option
+from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.presets import PRESETS
-from speed_diffusers.train_config import option
 from training_runs import trained_run
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ ARMS = ("paper", "uniform")
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Options):
     """Options of this benchmark."""
 
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py
 
-One process, one model, the same data and batches, the training script's own loop: only the scheduler changes, every
+One process, one model, the same data and batches, the training script's own steps: only the scheduler changes, every
 block_steps steps, in the order A B B A after a first block that is dropped. Compared are the medians of neighbouring
 blocks; the ratio is the median over such pairs with a bootstrap interval of 95 %. Beside it stand our two calls alone,
 over the time of a step: on a shared machine the noise of the ratio is larger than they are.
@@ -14,9 +14,8 @@ allow_load=true. Minutes. Results: result.json, blocks.csv and step_time.png in 
 import csv
 import json
 import statistics
-import sys
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_scripts"))
-
-from command_line import run_script  # noqa: E402
-from measured_run import run_steps, temporary_run, trainer_options  # noqa: E402
-from measurement import environment, load_average  # noqa: E402
-from speed_diffusers import SpeeDDDPMScheduler  # noqa: E402
-from speed_diffusers.config import load_config  # noqa: E402
-from speed_diffusers.errors import InputError  # noqa: E402
-from speed_diffusers.presets import PRESETS  # noqa: E402
-from speed_diffusers.train_config import TrainConfig, option  # noqa: E402
-from train_dit_speed import DEFAULT_CONFIG, SCRIPT_DIR  # noqa: E402
-from training_parts import make_scheduler  # noqa: E402
-from training_setup import TrainingRun  # noqa: E402
+from measurement import SCRIPT_DIR, environment, load_average
+from speed_diffusers import SpeeDDDPMScheduler
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
+from speed_diffusers.errors import InputError
+from speed_diffusers.presets import PRESETS
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
+from speed_diffusers.training.parts import make_scheduler
+from speed_diffusers.training.run import TrainingRun
+from speed_diffusers.training.setup import temporary_run
+from speed_diffusers.training.step import training_steps
 
 SPEED, UNIFORM = ARMS = ("paper", "uniform")
 NAMES = {SPEED: "SpeeD", UNIFORM: "uniform"}
@@ -52,9 +50,9 @@ CALL_BATCH = 256
 class StepTimeConfig(TrainConfig):
     """Options of this benchmark: the trainer's, and these."""
 
-    block_steps: int = option(20, "Steps of a block.")
-    pairs: int = option(40, "Pairs of neighbouring blocks, one of each arm.")
-    calls: int = option(2000, "Repetitions of our two calls alone.")
+    block_steps: int = option(20, "Steps of a block.", interval="[1, inf)")
+    pairs: int = option(40, "Pairs of neighbouring blocks, one of each arm.", interval="[2, inf)")
+    calls: int = option(2000, "Repetitions of our two calls alone.", interval="[1, inf)")
     allow_load: bool = option(False, f"Measure although the load average is above {MAX_LOAD}.")
     results_dir: str = option(str(Path(__file__).resolve().parent / "step_time"), "Where the results go.")
 
@@ -79,20 +77,16 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options, or a busy machine; nothing has been written.
     """
     config = load_config(StepTimeConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
-    for name, lowest in (("block_steps", 1), ("pairs", 2), ("calls", 1)):
-        if getattr(config, name) < lowest:
-            raise InputError(f"{name}={getattr(config, name)}: must be at least {lowest}.")
     load_before = load_average()
     if load_before > MAX_LOAD and not config.allow_load:
         raise InputError(
             f"The load average is {load_before:.2f}, above {MAX_LOAD}: step times would be those of other processes "
             "too. Wait, or measure all the same with allow_load=true."
         )
-    # Nothing but steps in a step.
-    options = replace(trainer_options(config), checkpointing_steps=None, validation_steps=None)
+    options = trainer_options(config)
     schedulers = {arm: make_scheduler(replace(options, **PRESETS[arm])) for arm in ARMS}
     with temporary_run(options, steps=(1 + 2 * config.pairs) * config.block_steps) as run:
-        blocks = run_steps(run, measure(run, schedulers, config))
+        blocks = measure(run, training_steps(run), schedulers, config)
         batch = run.layout.global_batch
     result = summary(blocks, options.seed)
     result["calls"] = {
@@ -119,16 +113,16 @@ def main(argv: list[str]) -> None:
 
 
 def measure(
-    run: TrainingRun, schedulers: dict[str, SpeeDDDPMScheduler], config: StepTimeConfig
-) -> Generator[None, None, list[Block]]:
-    """All blocks of a run, the first one, which is dropped, included; each `yield` is a step."""
+    run: TrainingRun, steps: Iterator[object], schedulers: dict[str, SpeeDDDPMScheduler], config: StepTimeConfig
+) -> list[Block]:
+    """All blocks of a run, the first one, which is dropped, included."""
     blocks = []
     for arm in (ORDER[0], *(ORDER[index % 4] for index in range(2 * config.pairs))):
         run.scheduler = schedulers[arm]
         milliseconds = []
         for _ in range(config.block_steps):
             began = time.perf_counter()
-            yield
+            next(steps)
             milliseconds.append((time.perf_counter() - began) * 1e3)
         blocks.append(Block(arm, milliseconds))
     return blocks

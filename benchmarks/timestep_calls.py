@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from speed_diffusers import PRESETS, SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
-from speed_diffusers.config import load_config
-from speed_diffusers.profiling import OperationCounter
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Options, option
 from speed_diffusers.timesteps import DENSITIES, DRAWS
-from speed_diffusers.train_config import option
+from speed_diffusers.training.profiling import OperationCounter
 from speed_diffusers.weightings import WEIGHTINGS
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +38,7 @@ BUDGET = 200.0  # microseconds a call
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Options):
     """Options of this benchmark."""
 
     num_calls: int = option(1000, "Timed calls of each kind; the median counts.")

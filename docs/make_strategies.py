@@ -57,7 +57,7 @@ def areas_table() -> str:
     ]
     for name, make in SCHEDULES.items():
         process = ForwardProcess.from_scheduler(make())
-        settings = SpeeDSettings.resolve(process, k=5.0, tau=None, r=145.0, lambda_=0.6)
+        settings = SpeeDSettings.resolve(process)
         steps = process.num_train_timesteps
         areas = process.areas(settings.tau)
         shares = ", ".join(f"{len(area) / steps:.0%}" for area in vars(areas).values())

@@ -1,4 +1,4 @@
-"""SpeeD for diffusers: train diffusion models in a fraction of the usual steps (arXiv 2405.17403)."""
+"""SpeeD for diffusers: which timesteps to train on how often, and how much each counts (arXiv 2405.17403)."""
 
 from . import functional
 from .errors import InputError
@@ -11,9 +11,9 @@ from .schedulers import (
     SpeeDSchedulerMixin,
     speed_scheduler,
 )
-from .strategy import SpeeDOptions, SpeeDStrategy
-
-__version__ = "0.1.0"
+from .settings import SpeeDOptions
+from .strategy import SpeeDStrategy
+from .version import __version__
 
 __all__ = [
     "PRESETS",
@@ -25,6 +25,7 @@ __all__ = [
     "SpeeDOptions",
     "SpeeDSchedulerMixin",
     "SpeeDStrategy",
+    "__version__",
     "functional",
     "speed_scheduler",
 ]

@@ -4,17 +4,20 @@
     timesteps = draw(tables, len(batch), generator)         # int64, 0 is the one with the least noise
     loss = (weights(tables, timesteps) * error).mean()      # error: each sample's mean squared error
 
-Plain functions of their arguments. A density that learns from errors needs an object with state: make a
-`SpeeDStrategy` of the same process and options.
+Plain functions of their arguments. A loss-aware density needs an object with state: make a `SpeeDStrategy` of the
+same process and options.
 """
+
+from typing import Any
 
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, unknown_name
+from .predictions import FLOW_PREDICTION
 from .process import ForwardProcess
-from .strategy import SpeeDOptions, SpeeDStrategy
+from .settings import SPEED_KEYS, SpeeDOptions
+from .strategy import SpeeDStrategy
 from .tables import SpeeDTables, draw, weights
-from .timesteps import INDEPENDENT
 
 __all__ = ["draw", "process_from", "speed_tables", "weights"]
 
@@ -49,17 +52,8 @@ def speed_tables(
     sigmas: Tensor | None = None,
     num_train_timesteps: int | None = None,
     prediction_type: str | None = None,
-    sampling: str = "asymmetric",
-    weighting: str = "change_aware",
-    draw: str = INDEPENDENT,
-    k: float = 5.0,
-    tau: float | None = None,
-    r: float = 145.0,
-    lambda_: float = 0.6,
-    normalize_weights: bool = False,
-    anneal_start: float = 1.0,
-    anneal_end: float = 1.0,
     progress: float | None = None,
+    **options: Any,
 ) -> SpeeDTables:
     """Probabilities and weights of every timestep; the defaults are the paper's SpeeD (arXiv 2405.17403).
 
@@ -69,39 +63,22 @@ def speed_tables(
         num_train_timesteps: As for `process_from`.
         prediction_type: epsilon, v_prediction, sample or flow_prediction, whose error is weighted; None: epsilon, or
             flow_prediction on a rectified flow.
-        sampling: Density, such as "asymmetric" or "logit_normal:mean=-0.5".
-        weighting: Loss weighting, such as "change_aware" or "min_snr:gamma=5".
-        draw: "independent", "paired" or "stratified".
-        k: How many times more often steps before tau are drawn; at least 1.
-        tau: First timestep of the convergence area, or a share of T in (0, 1); None: from `r`.
-        r: The convergence area begins where 1/r of the signal's variance is left; above 1.
-        lambda_: Change-aware weights run from 1 - lambda to lambda; in [0.5, 1].
-        normalize_weights: Scale the weights to mean 1 under the law of the draws.
-        anneal_start: Share of the training after which k begins to fall to 1; 1: never.
-        anneal_end: Share of the training at which k is 1.
         progress: Share of the training that is done, in [0, 1]; needed where k is annealed or the density changes.
+        options: Fields of `SpeeDOptions`, such as `k=3.0` or `weighting="min_snr:gamma=5"`; `sampling` and
+            `weighting` may be functions of your own.
 
     Raises:
-        InputError: A choice is unknown, outside its range, does not fit the process, or learns from errors.
+        InputError: An option or choice is unknown, outside its range, does not fit the process, or is loss-aware.
     """
     process = process_from(alphas_cumprod=alphas_cumprod, sigmas=sigmas, num_train_timesteps=num_train_timesteps)
-    options = SpeeDOptions(
-        sampling=sampling,
-        weighting=weighting,
-        k=k,
-        tau=tau,
-        r=r,
-        lambda_=lambda_,
-        draw=draw,
-        normalize_weights=normalize_weights,
-        anneal_start=anneal_start,
-        anneal_end=anneal_end,
-        prediction_type=prediction_type or ("epsilon" if alphas_cumprod is not None else "flow_prediction"),
-    )
-    strategy = SpeeDStrategy(process, options)
-    if strategy.is_adaptive:
+    for name in options:
+        if name not in SPEED_KEYS.values():
+            raise unknown_name("SpeeD option", name, SPEED_KEYS.values())
+    predicted = prediction_type or ("epsilon" if alphas_cumprod is not None else FLOW_PREDICTION)
+    strategy = SpeeDStrategy(process, SpeeDOptions(**options, prediction_type=predicted))
+    if strategy.is_loss_aware:
         raise InputError(
-            f"sampling='{sampling}' learns from the errors of the training, so plain tables cannot hold it; make a "
-            "SpeeDStrategy of the process and these options."
+            f"sampling='{options['sampling']}' learns from the losses of the training, so plain tables cannot hold "
+            "it; make a SpeeDStrategy of the process and these options."
         )
     return strategy.tables(progress)

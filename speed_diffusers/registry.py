@@ -8,11 +8,11 @@ config and JSON can hold. Parameters that are left out take their defaults, so a
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from .config.schema import Interval
 from .errors import InputError, unknown_name
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -38,10 +38,7 @@ class Parameter:
 
     def allows(self, value: float) -> bool:
         """Whether a value lies in the interval (and is whole, if it must be); nan and infinities never do."""
-        low, high = (float(end) for end in self.interval[1:-1].split(","))
-        above = value >= low if self.interval[0] == "[" else value > low
-        below = value <= high if self.interval[-1] == "]" else value < high
-        return math.isfinite(value) and above and below and (not self.whole or value == int(value))
+        return value in Interval(self.interval) and (not self.whole or value == int(value))
 
     def __str__(self) -> str:
         kind = "whole, " if self.whole else ""
@@ -58,6 +55,7 @@ class Entry(Generic[F]):
         reference: Paper and equation, or where the formula comes from; says so if it was not checked there.
         parameters: The numbers that it takes by keyword.
         needs_progress: Whether its values change in the course of a training.
+        learns: Whether it makes an object that learns from the losses of a training.
     """
 
     function: F
@@ -65,14 +63,15 @@ class Entry(Generic[F]):
     reference: str
     parameters: tuple[Parameter, ...] = ()
     needs_progress: bool = False
+    learns: bool = False
 
 
 @dataclass(frozen=True)
 class Choice(Generic[F]):
-    """A name with the values of all its parameters.
+    """A name with the values of all its parameters; called, it calls the function with them.
 
     Attributes:
-        name: Registered name.
+        name: Registered name, or that of a function which is not registered.
         arguments: Value of each parameter by name.
         entry: What is registered under the name.
     """
@@ -80,6 +79,10 @@ class Choice(Generic[F]):
     name: str
     arguments: dict[str, float]
     entry: Entry[F]
+
+    def __call__(self, *args: object) -> Any:
+        """What the function makes of these arguments and of the parameters."""
+        return self.entry.function(*args, **self.arguments)
 
     def __str__(self) -> str:
         """The shortest string that means this choice."""
@@ -107,6 +110,7 @@ class Registry(Mapping[str, Entry[F]]):
         reference: str,
         parameters: tuple[Parameter, ...] = (),
         needs_progress: bool = False,
+        learns: bool = False,
     ) -> Callable[[F], F]:
         """Decorator that adds a function under `name`.
 
@@ -116,6 +120,7 @@ class Registry(Mapping[str, Entry[F]]):
             reference: Paper and equation, or where the formula comes from.
             parameters: The function's keyword-only arguments, which have no defaults of their own.
             needs_progress: Whether its values change in the course of a training.
+            learns: Whether it makes an object that learns from the losses of a training.
 
         Raises:
             ValueError: The name is taken, a default is outside its range, or the function takes other keywords.
@@ -130,18 +135,25 @@ class Registry(Mapping[str, Entry[F]]):
             for parameter in parameters:
                 if not parameter.allows(parameter.default):
                     raise ValueError(f"The {self.kind} '{name}' has a default outside its range: {parameter}.")
-            self._entries[name] = Entry(function, summary, reference, parameters, needs_progress)
+            self._entries[name] = Entry(function, summary, reference, parameters, needs_progress, learns)
             return function
 
         return add
 
-    def parse(self, text: str) -> Choice[F]:
+    def parse(self, text: "str | F | Choice[F]") -> Choice[F]:
         """Reads a choice such as `"min_snr:gamma=5"`; a bare name takes the defaults.
+
+        Args:
+            text: The choice. A function is taken as it is, registered or not, and a choice is returned.
 
         Raises:
             InputError: An unknown name or parameter (with the nearest), a value that is no number or outside its
                 range (with the range), a parameter given twice, or text of another form.
         """
+        if isinstance(text, Choice):
+            return text
+        if callable(text):
+            return Choice(getattr(text, "__name__", type(text).__name__), {}, Entry(text, "", ""))
         name, colon, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
         name = name.strip() if isinstance(name, str) else name
         entry = self[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import InputError
 from .predictions import weights_by_snr
 from .process import ForwardProcess
-from .registry import Parameter, Registry
+from .registry import Choice, Parameter, Registry
 from .settings import SpeeDSettings
 
 Weighting = Callable[..., Tensor]
@@ -199,16 +199,18 @@ def _by_sigma(velocity_weight: Callable[[Tensor], Tensor], process: ForwardProce
     return weights_by_snr(epsilon_weight, process, settings.prediction_type)
 
 
-def timestep_weights(choice: str, process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
-    """The weights of the weighting `choice`, shape (T,), float64, finite.
+def timestep_weights(
+    choice: str | Weighting | Choice[Weighting], process: ForwardProcess, settings: SpeeDSettings
+) -> Tensor:
+    """The weights that a weighting gives to the timesteps of a process, shape (T,), float64, finite.
 
     Args:
-        choice: Name of a weighting, with parameters or without, such as "min_snr:gamma=3".
+        choice: Name of a weighting, with parameters or without, such as "min_snr:gamma=3"; or a function.
         process: The forward process.
         settings: SpeeD's numbers; the prediction type says whose error is weighted.
 
     Raises:
         InputError: No such weighting or parameter, a parameter outside its range, or it is undefined for the process.
     """
-    chosen = WEIGHTINGS.parse(choice)
-    return chosen.entry.function(process, settings, **chosen.arguments)
+    weights: Tensor = WEIGHTINGS.parse(choice)(process, settings)
+    return weights

@@ -1,7 +1,6 @@
 """Shared by all tests: no network, one thread, scripts importable, tiny real parts."""
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,10 +15,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN_SCRIPTS = ROOT / "train_scripts"
-sys.path.insert(0, str(TRAIN_SCRIPTS))
 
 
 @pytest.fixture(scope="session", autouse=True)

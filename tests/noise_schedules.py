@@ -6,7 +6,7 @@ import numpy as np
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from speed_diffusers.process import ForwardProcess
-from speed_diffusers.settings import SpeeDSettings
+from speed_diffusers.settings import SpeeDOptions, SpeeDSettings
 
 SCHEDULES = {
     "linear": lambda: DDPMScheduler(),
@@ -34,7 +34,7 @@ def process_named(name: str) -> ForwardProcess:
 def settings_of(process: ForwardProcess, **changes: object) -> SpeeDSettings:
     """The paper's settings, with changes."""
     values = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | changes
-    return SpeeDSettings.resolve(process, **values)  # type: ignore[arg-type]
+    return SpeeDSettings.resolve(process, SpeeDOptions(**values))  # type: ignore[arg-type]
 
 
 def chi_square_p_value(counts: np.ndarray, pmf: np.ndarray) -> float:

@@ -8,11 +8,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-import compare_errors
 from speed_diffusers.error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, ErrorHistory, means_by_bin
 from speed_diffusers.errors import InputError
-from speed_diffusers.tracking import MetricsFile, read_metrics
-from train_dit_speed import main
+from speed_diffusers.train_scripts import compare_errors
+from speed_diffusers.train_scripts.train_dit_speed import main
+from speed_diffusers.training.tracking import MetricsFile, read_metrics
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 50, 999, 1000, 10_000])

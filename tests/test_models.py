@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from tiny_run import DIT
 from torch import Tensor
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
@@ -23,6 +22,7 @@ from speed_diffusers.models import (
     stock_state_dict,
 )
 from speed_diffusers.objective import denoising_loss
+from tiny_run import DIT
 
 SMALL = DIT | {"num_layers": 3}
 MILLIONS = {"S": 32.865056, "B": 130.315808, "L": 457.840672, "XL": 674.83472}

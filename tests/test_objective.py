@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_run
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+import tiny_run
 from speed_diffusers import InputError, SpeeDDDIMScheduler, SpeeDDDPMScheduler
-from speed_diffusers.draws import StepDraws
 from speed_diffusers.models import NULL_CLASS, build_dit
 from speed_diffusers.objective import denoising_loss, drop_labels, prediction_target
+from speed_diffusers.training.step_draws import StepDraws
 
 DIT = tiny_run.DIT | {"num_layers": 3}
 BATCH = 6

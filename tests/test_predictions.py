@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from noise_schedules import process_named
 
+from noise_schedules import process_named
 from speed_diffusers.errors import InputError
 from speed_diffusers.predictions import EPSILON_ERROR_RATIOS, SNR_BOUNDS, epsilon_error_ratio, weights_by_snr
 from speed_diffusers.process import ForwardProcess

@@ -9,13 +9,13 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from speed_diffusers.config import load_config
+from speed_diffusers.config.load import load_config
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.objective import denoising_loss, drop_labels
 from speed_diffusers.presets import PRESETS
-from speed_diffusers.train_config import TrainConfig
-from train_dit_speed import main
-from training_parts import make_learned_variance, make_scheduler
+from speed_diffusers.train_scripts.train_dit_speed import main
+from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.parts import make_learned_variance, make_scheduler
 
 SCRIPT_DIR = Path(__file__).resolve().parents[1] / "train_scripts"
 NAMES = sorted(

@@ -12,11 +12,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from noise_schedules import SCHEDULES, process_named, settings_of
 
+from noise_schedules import SCHEDULES, process_named, settings_of
 from speed_diffusers.errors import InputError
 from speed_diffusers.process import ForwardProcess
-from speed_diffusers.settings import SpeeDSettings
+from speed_diffusers.settings import SpeeDOptions, SpeeDSettings
 
 SCHEDULES_OF_THE_AUTHORS = {
     "linear": {},
@@ -103,7 +103,7 @@ def test_areas_cover_every_timestep_once(tau: int) -> None:
 @pytest.mark.parametrize("num_timesteps", [2, 3, 4, 10, 4000, 10000])
 def test_any_number_of_timesteps(num_timesteps: int) -> None:
     process = process_of(num_train_timesteps=num_timesteps)
-    settings = SpeeDSettings.resolve(process, k=5, tau=None, r=145, lambda_=0.6)
+    settings = SpeeDSettings.resolve(process)
     areas = process.areas(settings.tau)
     assert 1 <= settings.tau <= num_timesteps
     assert [*areas.acceleration, *areas.deceleration, *areas.convergence] == list(range(num_timesteps))
@@ -144,19 +144,19 @@ def test_one_timestep_is_refused() -> None:
 
 
 def test_settings_of_the_paper() -> None:
-    settings = SpeeDSettings.resolve(process_of(), k=5.0, tau=None, r=145.0, lambda_=0.6)
+    settings = SpeeDSettings.resolve(process_of())
     assert (settings.k, settings.tau, settings.lambda_, settings.tau_found) == (5.0, 700, 0.6, True)
 
 
 def test_given_tau_wins_over_r() -> None:
-    settings = SpeeDSettings.resolve(process_of(), k=5.0, tau=321, r=145.0, lambda_=0.6)
+    settings = SpeeDSettings.resolve(process_of(), SpeeDOptions(tau=321))
     assert settings.tau == 321 and settings.tau_found
 
 
 def test_process_that_starts_settled_keeps_one_step_before_tau() -> None:
     process = ForwardProcess(torch.tensor([0.999, 0.9995, 0.9999], dtype=torch.float64))
     assert process.first_settled_step(145) == 0
-    assert SpeeDSettings.resolve(process, k=5.0, tau=None, r=145.0, lambda_=0.6).tau == 1
+    assert SpeeDSettings.resolve(process).tau == 1
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_process_that_starts_settled_keeps_one_step_before_tau() -> None:
 def test_numbers_outside_their_range_are_refused(number: dict[str, float], message: str) -> None:
     numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
     with pytest.raises(InputError, match=f"^{message}") as error:
-        SpeeDSettings.resolve(process_of(), **numbers)  # type: ignore[arg-type]
+        SpeeDSettings.resolve(process_of(), SpeeDOptions(**numbers))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [{"k": 1}, {"tau": 1}, {"tau": 1000}, {"lambda_": 0.5}, {"lambda_": 1.0}])
 def test_ends_of_the_ranges_are_allowed(number: dict[str, float]) -> None:
     numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
-    settings = SpeeDSettings.resolve(process_of(), **numbers)  # type: ignore[arg-type]
+    settings = SpeeDSettings.resolve(process_of(), SpeeDOptions(**numbers))  # type: ignore[arg-type]
     assert all(getattr(settings, name) == value for name, value in number.items())
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from speed_diffusers import SpeeDDDPMScheduler
-from speed_diffusers.data.order import BatchLayout
-from speed_diffusers.draws import StepDraws
+from speed_diffusers.data.batch_sampler import BatchLayout
 from speed_diffusers.randomness import keyed_generator, keyed_seed
+from speed_diffusers.training.step_draws import StepDraws
 
 PURPOSES = ("timesteps", "label drop", "flip", "noise", "encoder noise")
 

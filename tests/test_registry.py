@@ -187,7 +187,7 @@ def test_every_density_and_weighting_is_sound_on_one_process() -> None:
     from diffusers import DDPMScheduler
 
     process = ForwardProcess.from_scheduler(DDPMScheduler())
-    settings = SpeeDSettings.resolve(process, k=5.0, tau=None, r=145.0, lambda_=0.6)
+    settings = SpeeDSettings.resolve(process)
     for name in DENSITIES:
         pmf = timestep_pmf(name, process, settings)
         assert pmf.shape == (1000,) and bool((pmf > 0).all()), name

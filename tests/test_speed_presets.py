@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from noise_schedules import process_named
 
+from noise_schedules import process_named
 from speed_diffusers import PRESETS, InputError, SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
-from speed_diffusers.schedulers.mixin import SPEED_DEFAULTS
+from speed_diffusers.settings import SPEED_DEFAULTS
 
 # T p w of the authors' code with pairs of 256, k = 5, lambda = 0.6, tau = 700.
 OBJECTIVE_OF_THE_AUTHORS = {0: 0.54, 50: 0.94, 219: 0.87, 400: 0.68, 641: 0.55, 643: 0.28, 700: 0.13, 999: 0.13}

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from noise_schedules import process_named
 
+from noise_schedules import process_named
 from speed_diffusers import InputError, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
 from speed_diffusers.predictions import epsilon_error_ratio
 from speed_diffusers.timesteps import DENSITIES, DRAWS
@@ -188,7 +188,7 @@ def test_information_rate_averages_over_ranges_of_timesteps() -> None:
 def test_state_goes_on_exactly_where_it_was(sampling: str) -> None:
     errors = torch.rand(25, 1000, generator=seeded(4)).double() + 0.1
     first, second = (SpeeDDDPMScheduler(speed_sampling=sampling) for _ in range(2))
-    assert first.speed_is_adaptive
+    assert first.speed_is_loss_aware
     for row in errors[:15]:
         first.update_speed(row, torch.ones(1000))
     state = first.speed_state_dict()
@@ -231,7 +231,7 @@ def test_errors_of_zero_everywhere_leave_it_uniform(sampling: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DENSITIES if name not in LEARNING])
 def test_a_density_that_does_not_learn_says_so(name: str) -> None:
     scheduler = SpeeDDDPMScheduler(speed_sampling=name)
-    assert not scheduler.speed_is_adaptive
+    assert not scheduler.speed_is_loss_aware
     for call in (
         lambda: scheduler.update_speed(torch.ones(1000), torch.ones(1000)),
         lambda: scheduler.speed_state_dict(),

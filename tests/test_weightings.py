@@ -5,18 +5,18 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
-from noise_schedules import SCHEDULES, process_named, settings_of
 
+from noise_schedules import SCHEDULES, process_named, settings_of
 from speed_diffusers import SpeeDDDIMScheduler, SpeeDDDPMScheduler
 from speed_diffusers.errors import InputError
 from speed_diffusers.process import ForwardProcess
-from speed_diffusers.settings import SpeeDSettings
+from speed_diffusers.settings import SpeeDOptions, SpeeDSettings
 from speed_diffusers.weightings import WEIGHTINGS, timestep_weights
 
 
 def weights_of(name: str, *, lambda_: float = 0.6, tau: int | None = None, **config: object) -> torch.Tensor:
     process = ForwardProcess.from_scheduler(DDPMScheduler(**config))
-    return timestep_weights(name, process, SpeeDSettings.resolve(process, k=5.0, tau=tau, r=145.0, lambda_=lambda_))
+    return timestep_weights(name, process, SpeeDSettings.resolve(process, SpeeDOptions(tau=tau, lambda_=lambda_)))
 
 
 def reference_weights(lambda_: float) -> np.ndarray:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from speed_diffusers import SpeeDDDPMScheduler
-from speed_diffusers.checkpoints import load_checkpoint, read_state, save_checkpoint
-from speed_diffusers.draws import StepDraws
-from speed_diffusers.ema import ExponentialMovingAverage
 from speed_diffusers.models import build_dit
 from speed_diffusers.objective import denoising_loss, drop_labels
+from speed_diffusers.training.checkpoints import load_checkpoint, read_state, save_checkpoint
+from speed_diffusers.training.ema import ExponentialMovingAverage
+from speed_diffusers.training.step_draws import StepDraws
 
 DIT = {
     "num_layers": 2,

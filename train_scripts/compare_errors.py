@@ -1,4 +1,4 @@
-"""Draws the unweighted errors of several runs by timestep: what can be compared where loss weights differ.
+"""Plots the unweighted errors of several runs by timestep: what can be compared where loss weights differ.
 
     python train_scripts/compare_errors.py runs=runs/speed,runs/uniform output=errors.png
 
@@ -9,15 +9,16 @@ error at a timestep can, as long as process and target are the same. Shown is th
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import run_script
-from run_folder import CONFIG_FILE, METRICS_FILE, check_writable
-from speed_diffusers.config import load_config
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Options, option
 from speed_diffusers.error_bins import ErrorHistory
 from speed_diffusers.errors import InputError
-from speed_diffusers.plots import save_error_comparison
-from speed_diffusers.tracking import read_metrics
-from speed_diffusers.train_config import TrainConfig, option
-from training_parts import make_scheduler
+from speed_diffusers.files import check_output_file
+from speed_diffusers.reports.plots import save_error_comparison
+from speed_diffusers.training.parts import make_scheduler
+from speed_diffusers.training.run_folder import METRICS_FILE, load_run_config
+from speed_diffusers.training.tracking import read_metrics
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
@@ -34,7 +35,7 @@ SAME = (
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Options):
     """Options of `compare_errors.py`."""
 
     runs: list[str] = option([], "Folders of runs, two or more.")
@@ -42,7 +43,7 @@ class CompareConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Draws the picture and prints the numbers.
+    """Plots the picture and prints the numbers.
 
     Raises:
         InputError: A folder is no run, or the runs do not compare; nothing has been written.
@@ -50,11 +51,8 @@ def main(argv: list[str]) -> None:
     options = load_config(CompareConfig, argv, SCRIPT_DIR)
     if not options.runs:
         raise InputError("runs is empty: give the folders of runs, runs=FOLDER,FOLDER.")
-    output = Path(options.output)
-    if output.suffix != ".png" or output.is_dir():
-        raise InputError(f"output={output}: must be a file that ends in .png.")
-    check_writable("output", output.parent)
-    configs = {run: _config_of(run) for run in options.runs}
+    output = check_output_file("output", options.output, ".png")
+    configs = {run: load_run_config(Path(run)) for run in options.runs}
     first, *others = options.runs
     for run in others:
         for name in SAME:
@@ -69,13 +67,6 @@ def main(argv: list[str]) -> None:
     save_error_comparison(histories, make_scheduler(configs[first]).speed_areas, title, output)
     print(_table(histories))
     print(f"Saved {output}.")
-
-
-def _config_of(run: str) -> TrainConfig:
-    path = Path(run) / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"runs: {run} is no run (no {CONFIG_FILE} in it).")
-    return load_config(TrainConfig, [f"config={path.resolve()}"], SCRIPT_DIR)
 
 
 def _table(histories: dict[str, ErrorHistory]) -> str:

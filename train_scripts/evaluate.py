@@ -4,72 +4,76 @@ The pipeline of a run, and every checkpoint it has kept, with a curve:
 
     python train_scripts/evaluate.py models=runs/quickstart checkpoints=true
 
-Two runs side by side, or the checkpoint that the package ships:
+Two runs side by side, or the embedded checkpoint:
 
     python train_scripts/evaluate.py models=runs/speed,runs/uniform checkpoints=true output_dir=comparison
     python train_scripts/evaluate.py models=embedded num_images=200
 
 Each score is one JSON file with its whole protocol, in `scores/` of its run or in output_dir. Scores that are there
-already are not measured again, so an interrupted evaluation goes on with the same command.
+already are not measured again, so the same command resumes an interrupted evaluation.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from diffusers import DiTPipeline
 
-from command_line import run_script
-from models_to_score import WEIGHTS, ModelToScore, Place, find_models, put_weights
-from run_folder import SCORES_FOLDER, check_writable
-from speed_diffusers.config import load_config
-from speed_diffusers.embedded import EMBEDDED
+from speed_diffusers.assets import EMBEDDED
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import check_writable, tensors_sha256
+from speed_diffusers.generation.generate import GenerationSettings, choose_classes, row_names_of
 from speed_diffusers.metrics import METRICS, load_extractor, load_reference
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves
-from speed_diffusers.metrics.extractors import FASHION_MNIST, state_sha256
+from speed_diffusers.metrics.extractors import FASHION_MNIST
 from speed_diffusers.metrics.protocol import Protocol, require_equal_protocols
 from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pipeline
 from speed_diffusers.metrics.score_record import ScoreRecord, load_score, load_scores, save_score, score_path
-from speed_diffusers.samplers import SAMPLERS
-from speed_diffusers.sampling import choose_classes, row_names_of
-from speed_diffusers.train_config import option
+from speed_diffusers.training.run_folder import SCORES_FOLDER
+from speed_diffusers.training.snapshots import WEIGHTS, ModelToScore, Place, find_models, put_weights
 
 logger = logging.getLogger(__name__)
 
 CURVES_FILE = "score_over_steps.png"
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(frozen=True)
+class EvaluateConfig(GenerationSettings):
     """Options of `evaluate.py`."""
 
+    batch_size: int = option(100, "Images generated at once.", interval="[1, inf)")
     models: list[str] = option([EMBEDDED], "Run folders, pipeline folders, Hub ids, or 'embedded'.")
     checkpoints: bool = option(False, "Score every checkpoint of each run too.")
-    weights: str = option("ema", "Which weights of the checkpoints: averaged, or as trained.", choices=WEIGHTS)
+    weights: str = option("ema", "Which weights of the checkpoints: EMA weights, or as trained.", choices=WEIGHTS)
     reference: str = option(EMBEDDED, "'embedded', or a file of make_reference_statistics.py.")
     feature_extractor: str = option(
         FASHION_MNIST, "fashion_mnist, package.module:attribute, path/to/file.py:attribute, or a .safetensors file."
     )
     metrics: list[str] = option(list(METRICS), "What to measure.", choices=METRICS)
-    num_images: int = option(2000, "Generated images a score.")
+    num_images: int = option(2000, "Generated images per score.", interval="[2, inf)")
     class_labels: list[str] = option([], "Classes, names or ids; empty: all of them in turn.")
-    sampler: str | None = option(None, "Sampler; None: the pipeline's own.", choices=SAMPLERS)
-    num_inference_steps: int = option(50, "Solver steps.")
-    guidance_scale: float = option(1.0, "Classifier-free guidance; 1: none.")
-    guidance_channels: int | None = option(None, "Latent channels that are guided, from the first; None: all.")
-    guidance_interval: list[float] = option([0.0, 1.0], "Guided share of the process: 0 is clean, 1 is noise.")
-    seed: int = option(0, "Seed; the noise of image i depends on it and i alone.")
-    batch_size: int = option(100, "Images generated at once.")
     output_dir: str | None = option(
         None, "Folder for all scores; None: scores/ of each run, and ./scores for what is no run."
     )
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, loaded once: its places, the pipeline that takes their weights, and how it is scored."""
+
+    model: ModelToScore
+    pipeline: DiTPipeline
+    settings: ScoreSettings
+    protocol: Protocol
+
+
 def main(argv: list[str]) -> None:
-    """Scores what the options say, prints the table and draws the curves.
+    """Scores what the options say, prints the table and plots the curves.
 
     Raises:
         InputError: Wrong options; nothing has been generated.
@@ -81,48 +85,43 @@ def main(argv: list[str]) -> None:
     models = find_models(
         config.models, checkpoints=config.checkpoints, weights=settings.weights, output_dir=output_dir
     )
-    protocols: dict[str, Protocol] = {}
-    for model in models:
-        check_writable("output_dir", model.scores_dir)
-        base = model.base()
-        protocols[model.name] = make_protocol(base, with_classes(settings, config.class_labels, base))
-    require_equal_protocols(protocols)
-
-    records: dict[str, list[ScoreRecord]] = {}
-    for model in models:
-        base = model.base()
-        its_settings = with_classes(settings, config.class_labels, base)
-        base.to(settings.extractor.device)
-        records[model.name] = [score_place(model, place, base, its_settings) for place in model.places]
+    subjects = [open_subject(model, settings, config.class_labels) for model in models]
+    require_equal_protocols({subject.model.name: subject.protocol for subject in subjects})
+    records = {
+        subject.model.name: [score_place(subject, place) for place in subject.model.places] for subject in subjects
+    }
     print(table(records))
-    print(f"Protocol: {protocols[models[0].name].in_words()}.")
+    print(f"Protocol: {subjects[0].protocol.in_words()}.")
     pictures_dir = output_dir or (models[0].scores_dir if len(models) == 1 else Path(SCORES_FOLDER))
-    draw_curves(models, protocols, settings.metrics, pictures_dir)
+    plot_curves(subjects, settings.metrics, pictures_dir)
 
 
 def read_settings(config: EvaluateConfig, device: torch.device) -> ScoreSettings:
     """How to score, without the classes, which are the pipelines'.
 
     Raises:
-        InputError: No such extractor or reference, or a wrong interval.
+        InputError: No such extractor or reference.
     """
-    if len(config.guidance_interval) != 2:
-        raise InputError(f"guidance_interval={config.guidance_interval}: must be two numbers, such as 0.1,0.8.")
-    low, high = config.guidance_interval
     return ScoreSettings(
+        **{field.name: getattr(config, field.name) for field in fields(GenerationSettings)},
         num_images=config.num_images,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        guidance_scale=config.guidance_scale,
-        guidance_channels=config.guidance_channels,
-        guidance_interval=(low, high),
-        sampler=config.sampler,
-        num_inference_steps=config.num_inference_steps,
         weights=config.weights,
         metrics=tuple(config.metrics),
         extractor=load_extractor(config.feature_extractor, device=device),
         reference=load_reference(config.reference),
     )
+
+
+def open_subject(model: ModelToScore, settings: ScoreSettings, class_labels: list[str]) -> Subject:
+    """Loads a model's pipeline and checks that it can be scored.
+
+    Raises:
+        InputError: It cannot, or its scores cannot be written.
+    """
+    check_writable("output_dir", model.scores_dir)
+    pipeline = model.base()
+    settings = with_classes(settings, class_labels, pipeline)
+    return Subject(model, pipeline, settings, make_protocol(pipeline, settings))
 
 
 def with_classes(settings: ScoreSettings, class_labels: list[str], pipeline: DiTPipeline) -> ScoreSettings:
@@ -132,18 +131,19 @@ def with_classes(settings: ScoreSettings, class_labels: list[str], pipeline: DiT
     return replace(settings, class_rows=tuple(choose_classes(class_labels, row_names_of(pipeline))))
 
 
-def score_place(model: ModelToScore, place: Place, pipeline: DiTPipeline, settings: ScoreSettings) -> ScoreRecord:
+def score_place(subject: Subject, place: Place) -> ScoreRecord:
     """Scores a point of a run, unless its score is there, of the same weights and with all metrics."""
+    model, pipeline, settings = subject.model, subject.pipeline, subject.settings
     if place.checkpoint is not None:
         put_weights(pipeline, place.checkpoint, settings.weights)
-        pipeline.to(settings.extractor.device)
-    file = score_path(model.scores_dir, make_protocol(pipeline, settings), place.step)
+    pipeline.to(settings.extractor.device)
+    file = score_path(model.scores_dir, subject.protocol, place.step)
     known = known_score(file, pipeline)
     wanted = {number for name in settings.metrics for number in METRICS[name].function.numbers}
     if known is not None and wanted <= set(known.score.values):
         return known
     at = "" if place.step is None else f", step {place.step:,}"
-    score = score_pipeline(pipeline, settings, description=f"{model.name}{at}")
+    score = score_pipeline(pipeline, settings, protocol=subject.protocol, description=f"{model.name}{at}")
     if known is not None:
         score = replace(score, values={**known.score.values, **score.values})
     save_score(score, model.scores_dir, step=place.step, images_seen=place.images_seen, seconds=place.seconds)
@@ -160,7 +160,7 @@ def known_score(file: Path, pipeline: DiTPipeline) -> ScoreRecord | None:
         logger.warning("Measuring anew: %s", error)
         return None
     # A run may have been overwritten by another one since.
-    return record if record.score.weights_sha256 == state_sha256(pipeline.transformer.state_dict()) else None
+    return record if record.score.weights_sha256 == tensors_sha256(pipeline.transformer.state_dict()) else None
 
 
 def table(records: dict[str, list[ScoreRecord]]) -> str:
@@ -184,15 +184,13 @@ def table(records: dict[str, list[ScoreRecord]]) -> str:
     )
 
 
-def draw_curves(
-    models: list[ModelToScore], protocols: dict[str, Protocol], metrics: Sequence[str], folder: Path
-) -> None:
-    """Draws the scores of each model over its training, with those of earlier evaluations under the same protocol."""
+def plot_curves(subjects: Sequence[Subject], metrics: Sequence[str], folder: Path) -> None:
+    """Plots the scores of each model over its training, with those of earlier evaluations under the same protocol."""
     number = METRICS["frechet_distance" if "frechet_distance" in metrics else metrics[0]].function.numbers[0]
     curves = []
-    for model in models:
-        records = [each for each in load_scores(model.scores_dir) if each.score.protocol == protocols[model.name]]
-        curves.append(ScoreCurve(model.name, [each for each in records if each.step is not None]))
+    for subject in subjects:
+        records = [each for each in load_scores(subject.model.scores_dir) if each.score.protocol == subject.protocol]
+        curves.append(ScoreCurve(subject.model.name, [each for each in records if each.step is not None]))
     if max(len(curve.records) for curve in curves) < 2:
         return
     path = folder / CURVES_FILE

@@ -13,33 +13,32 @@ package.module:attribute or path/to/file.py:attribute.
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from command_line import run_script
-from image_batches import (
+from speed_diffusers.assets import EMBEDDED_PIPELINE
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
+from speed_diffusers.data import ImageSource
+from speed_diffusers.data.batches import (
     ImageSettings,
     all_batches,
     open_training_images,
     open_validation_images,
-    require_at_least,
 )
-from run_folder import check_writable
-from speed_diffusers.config import load_config
-from speed_diffusers.data import ImageSource
-from speed_diffusers.embedded import EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import check_writable, file_sha256
 from speed_diffusers.metrics import (
     METRICS,
     FeatureExtractor,
     FeatureStatistics,
     Samples,
     StatisticsAccumulator,
-    file_sha256,
     load_extractor,
     load_reference,
     save_statistics,
@@ -53,26 +52,19 @@ REFERENCE_FILE = "reference_features.safetensors"
 class ReferenceSettings(ImageSettings):
     """All settings of this script; the reference is of validation_data_dir or validation_split."""
 
-    output_dir: str = field(default="reference", metadata={"help": "folder for the two files"})
-    feature_extractor: str = field(
-        default=FASHION_MNIST, metadata={"help": "fashion_mnist, a classifier's .safetensors, or module:attribute"}
-    )
-    store_features: bool = field(
-        default=True, metadata={"help": "keep the features too, for kernel distance, precision and recall"}
-    )
-    vae: str | None = field(
-        default=str(EMBEDDED_PIPELINE / "vae"), metadata={"help": "VAE folder for the floor, or None"}
-    )
-    floor_images: int = field(default=10_000, metadata={"help": "training images to compare with"})
+    output_dir: str = option("reference", "Folder for the two files.")
+    feature_extractor: str = option(FASHION_MNIST, "Fashion_mnist, a classifier's .safetensors, or module:attribute.")
+    store_features: bool = option(True, "Keep the features too, for kernel distance, precision and recall.")
+    vae: str | None = option(str(EMBEDDED_PIPELINE / "vae"), "VAE folder for the floor, or None.")
+    floor_images: int = option(10_000, "Training images to compare with.", interval="[2, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_writable("output_dir", Path(self.output_dir))
-        require_at_least(2, floor_images=self.floor_images)
         if self.validation_data_dir is None and self.validation_split is None:
             raise InputError("Give the held-out images: validation_data_dir=... or validation_split=...")
         if self.vae is not None and not (Path(self.vae) / "config.json").is_file():
-            raise InputError(f"No VAE in '{self.vae}'. Make one with train_scripts/train_vae.py, or say vae=None.")
+            raise InputError(f"No VAE in '{self.vae}'. Make one with assets/train_vae.py, or say vae=None.")
 
 
 @dataclass(frozen=True)
@@ -156,8 +148,6 @@ def main(argv: list[str]) -> None:
         **{name: score_of(each, file) for name, each in floor.items()},
     }
     file.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    # safetensors makes files that only their owner reads, whatever the umask says.
-    file.chmod(file.with_suffix(".json").stat().st_mode)
     print(json.dumps(report, indent=2))
 
 

@@ -20,22 +20,23 @@ from typing import Any
 import pyarrow.parquet
 import torch
 
-from command_line import run_script
-from plan_report import describe_cost, describe_strategies, strategy_tables
-from run_folder import CONFIG_FILE, check_numbers, check_writable
-from speed_diffusers.config import load_config
-from speed_diffusers.embedded import EMBEDDED, EMBEDDED_IMAGES, EMBEDDED_PIPELINE
+from speed_diffusers.assets import EMBEDDED, EMBEDDED_IMAGES, EMBEDDED_PIPELINE
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import check_output_file
 from speed_diffusers.models import build_dit, dit_config
+from speed_diffusers.reports.strategy_plot import save_strategy_plot
+from speed_diffusers.reports.strategy_report import describe_cost, describe_strategies, strategy_tables
+from speed_diffusers.reports.training_cost import GPUS, TrainingCost, gpu_named
 from speed_diffusers.schedulers import speed_scheduler
-from speed_diffusers.strategy_plot import save_strategy_plot
-from speed_diffusers.train_config import TrainConfig, option
-from speed_diffusers.training_cost import GPUS, TrainingCost, gpu_named
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
+from speed_diffusers.training.parts import make_scheduler
+from speed_diffusers.training.run_folder import is_run, load_run_config
 from speed_diffusers.variance import LEARNED_RANGE
-from training_parts import make_scheduler
 
 SCRIPT_DIR = Path(__file__).resolve().parent
-DEFAULT_CONFIG = "quickstart/fashion_mnist"
 SCHEDULER_FILE = "scheduler_config.json"
 
 IMAGENET, IMAGENET_IMAGES = "ILSVRC/imagenet-1k", 1_281_167
@@ -55,11 +56,17 @@ class PlanConfig(TrainConfig):
     strategies: list[str] = option(
         [], 'What to compare: presets or density+weighting, ["a","b"] if one has a comma; empty: the run\'s, uniform.'
     )
-    progress: float = option(0.0, "Share of the training that is done, in [0, 1], for what changes in its course.")
+    progress: float = option(
+        0.0, "Share of the training that is done, for what changes in its course.", interval="[0, 1]"
+    )
     gpu: str | None = option("A100", f"For hours and memory: {', '.join(GPUS)}; None leaves them out.")
-    num_gpus: int = option(1, "GPUs that share the run, each taking train_batch_size images at once.")
-    mfu: float = option(0.25, "Assumed share of the GPU's bf16 peak that training reaches, in (0, 1].")
-    num_images: int | None = option(None, "Images of the data; None: known for the shipped images and ImageNet.")
+    num_gpus: int = option(
+        1, "GPUs that share the run, each taking train_batch_size images at once.", interval="[1, inf)"
+    )
+    mfu: float = option(0.25, "Assumed share of the GPU's bf16 peak that training reaches.", interval="(0, 1]")
+    num_images: int | None = option(
+        None, "Images of the data; None: known for the embedded images and ImageNet.", interval="[1, inf)"
+    )
     output: str | None = option("plan.png", "PNG file to write; None writes none.")
 
 
@@ -89,22 +96,12 @@ def main(argv: list[str]) -> None:
 
 
 def _check(config: PlanConfig) -> None:
-    check_numbers(config)
-    for name in ("num_gpus", "num_images"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value}: must be at least 1.")
-    if not 0 < config.mfu <= 1:
-        raise InputError(f"mfu={config.mfu}: must lie in (0, 1]; it is the share of the GPU's peak that is used.")
     if config.gpu is not None:
         gpu_named(config.gpu)
     if len(set(config.strategies)) < len(config.strategies):
         raise InputError(f"strategies={','.join(config.strategies)}: one is given twice.")
     if config.output is not None:
-        output = Path(config.output)
-        if output.suffix != ".png" or output.is_dir():
-            raise InputError(f"output={output}: must be a file that ends in .png.")
-        check_writable("output", output.parent)
+        check_output_file("output", config.output, ".png")
 
 
 def _refuse_options_of_training(argv: list[str]) -> None:
@@ -125,9 +122,9 @@ def open_scheduler(name: str) -> Any:
         InputError: There is none, or it cannot be used for training.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    if is_run(folder):
         # What a run's pipeline carries is for sampling; its options have SpeeD's settings too.
-        return make_scheduler(load_config(TrainConfig, [f"config={(folder / CONFIG_FILE).resolve()}"], SCRIPT_DIR))
+        return make_scheduler(load_run_config(folder))
     if not folder.exists():
         return speed_scheduler({"_class_name": name})
     places = [folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE]

@@ -3,42 +3,46 @@
     python train_scripts/profile_training.py
     python train_scripts/profile_training.py train_batch_size=16 output=profile.png trace=profile.json
 
-Takes every option of train_dit_speed.py and runs its loop in a temporary folder: profile_warmup_steps steps unwatched,
-profile_steps by the clock, as many under torch.profiler (which slows small models down), and one whose operations are
-counted. The folder of a run is not touched; latents are cached as in training. The trace opens in chrome://tracing.
+Takes every option of train_dit_speed.py and takes its steps in a temporary folder: profile_warmup_steps unwatched,
+profile_steps by the clock, as many under torch.profiler (which slows small models down), one whose operations are
+counted, and then one checkpoint and one grid of samples where the options ask for them. The folder of a run is not
+touched; latents are cached as in training. The trace opens in chrome://tracing.
 """
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 
-from command_line import run_script
-from measured_run import run_steps, temporary_run, trainer_options
-from run_folder import check_writable
-from run_results import describe_plan
-from speed_diffusers.config import load_config
-from speed_diffusers.errors import InputError
-from speed_diffusers.flops import training_flops
-from speed_diffusers.profiling import OTHER, PARTS, OperationCounter
-from speed_diffusers.train_config import TrainConfig, option
-from train_dit_speed import DEFAULT_CONFIG, SCRIPT_DIR
-from training_setup import TrainingRun, check_inputs
+from speed_diffusers.config.command_line import run_script
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import option
+from speed_diffusers.files import check_output_file
+from speed_diffusers.reports.training_cost import training_flops
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
+from speed_diffusers.training.profiling import OTHER, PARTS, OperationCounter
+from speed_diffusers.training.results import describe_plan, save_state, save_validation_grid
+from speed_diffusers.training.run import TrainingRun
+from speed_diffusers.training.setup import check_inputs, temporary_run
+from speed_diffusers.training.step import TrainedStep, training_steps
+from speed_diffusers.training.step_log import StepLog
+
+SCRIPT_DIR = Path(__file__).resolve().parent
 
 
 @dataclass
 class ProfileConfig(TrainConfig):
     """Options of `profile_training.py`: the trainer's, and these."""
 
-    profile_steps: int = option(20, "Steps to measure.")
-    profile_warmup_steps: int = option(5, "Steps before that.")
+    profile_steps: int = option(20, "Steps to measure.", interval="[1, inf)")
+    profile_warmup_steps: int = option(5, "Steps before that.", interval="[1, inf)")
     output: str | None = option(None, "PNG to write, the parts of a step as bars.")
     trace: str | None = option(None, "Chrome trace to write, .json or .json.gz.")
 
@@ -65,6 +69,7 @@ class StepCost:
         processes: That share them.
         device: Its name.
         peak_bytes: Most memory that tensors held on the device; None on a CPU.
+        between_steps: What happens between some steps, once: its milliseconds, and the steps from one to the next.
     """
 
     parts: list[PartCost]
@@ -74,6 +79,7 @@ class StepCost:
     processes: int
     device: str
     peak_bytes: int | None
+    between_steps: dict[str, tuple[float, int]]
 
     @property
     def profiled_milliseconds(self) -> float:
@@ -88,14 +94,9 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options or data; nothing has been written.
     """
     config = load_config(ProfileConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
-    for name in ("profile_steps", "profile_warmup_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}: must be at least 1.")
     for name, suffixes in (("output", (".png",)), ("trace", (".json", ".json.gz"))):
         if (path := getattr(config, name)) is not None:
-            if not path.endswith(suffixes) or Path(path).is_dir():
-                raise InputError(f"{name}={path}: must be a file that ends in {' or '.join(suffixes)}.")
-            check_writable(name, Path(path).parent)
+            check_output_file(name, path, *suffixes)
     if config.dry_run:
         print(describe_plan(check_inputs(trainer_options(config))))
         return
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
     # Warm-up, steps by the clock, the profiler's own warm-up and its steps, and one that is counted.
     steps = config.profile_warmup_steps + 2 * config.profile_steps + 2
     with temporary_run(trainer_options(config), steps=steps) as run:
-        cost = run_steps(run, measure(run, config))
+        cost = measure(run, config)
         if run.accelerator.is_main_process:
             print(describe(cost, config))
             if config.output is not None:
@@ -111,17 +112,18 @@ def main(argv: list[str]) -> None:
                 save_picture(cost, title(cost, config), Path(config.output))
 
 
-def measure(run: TrainingRun, config: ProfileConfig) -> Generator[None, None, StepCost]:
-    """What a step of a run costs; each `yield` is one of its steps."""
+def measure(run: TrainingRun, config: ProfileConfig) -> StepCost:
+    """What a step of a run costs, and what a checkpoint and a grid of samples cost, where the options ask for them."""
     device = run.accelerator.device
     is_cuda = device.type == "cuda"
+    steps = logged_steps(run)
     for _ in range(config.profile_warmup_steps):
-        yield
+        next(steps)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     began = _finished_at(device)
     for _ in range(config.profile_steps):
-        yield
+        next(steps)
     milliseconds = (_finished_at(device) - began) / config.profile_steps * 1e3
     peak_bytes = torch.cuda.max_memory_allocated(device) if is_cuda else None
     activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA} if is_cuda else {ProfilerActivity.CPU}
@@ -131,10 +133,10 @@ def measure(run: TrainingRun, config: ProfileConfig) -> Generator[None, None, St
         acc_events=True,  # there is one cycle; without this it warns of a second
     ) as profiler:
         for _ in range(1 + config.profile_steps):
-            yield
+            next(steps)
             profiler.step()
     with OperationCounter() as counter:
-        yield
+        step = next(steps)
     if config.trace is not None and run.accelerator.is_main_process:
         Path(config.trace).parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(config.trace)
@@ -148,7 +150,34 @@ def measure(run: TrainingRun, config: ProfileConfig) -> Generator[None, None, St
         processes=run.layout.processes,
         device=torch.cuda.get_device_name(device) if is_cuda else f"{device}, {torch.get_num_threads()} thread(s)",
         peak_bytes=peak_bytes,
+        between_steps=between_steps(run, step.done),
     )
+
+
+def logged_steps(run: TrainingRun) -> Iterator[TrainedStep]:
+    """The steps of a run, each logged as the training script does it."""
+    log = StepLog(run)
+    for step in training_steps(run):
+        log.add(step)
+        if step.done % run.config.logging_steps == 0:
+            log.write(step)
+        yield step
+    log.close()
+
+
+def between_steps(run: TrainingRun, done: int) -> dict[str, tuple[float, int]]:
+    """Milliseconds of one checkpoint and of one grid of samples, each with the steps from one to the next."""
+    due = {
+        "checkpoint": (save_state, run.config.checkpointing_steps),
+        "validation": (save_validation_grid, run.config.validation_steps),
+    }
+    found = {}
+    for name, (save, interval) in due.items():
+        if interval is not None:
+            began = _finished_at(run.accelerator.device)
+            save(run, done)
+            found[name] = ((_finished_at(run.accelerator.device) - began) * 1e3, interval)
+    return found
 
 
 def _finished_at(device: torch.device) -> float:
@@ -209,6 +238,9 @@ def describe(cost: StepCost, config: ProfileConfig) -> str:
     gflops = cost.flops / cost.processes / seconds / 1e9
     lines.append(f"without the profiler: {cost.milliseconds:.3f} ms/step, {cost.images / seconds:,.1f} images/s")
     lines.append(f"model, by formula: {cost.flops / 1e9:,.2f} GFLOP a step, {gflops:,.1f} GFLOP/s on each device")
+    for name, (once, interval) in cost.between_steps.items():
+        share = once / interval / (cost.milliseconds + once / interval)
+        lines.append(f"one {name}: {once:,.0f} ms, every {interval:,} steps: {share:.1%} of the time")
     if cost.peak_bytes is not None:
         lines.append(f"peak memory of tensors: {cost.peak_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)

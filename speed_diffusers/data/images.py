@@ -6,6 +6,7 @@ Everything a user can have got wrong is checked here, before the first training 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..embedded import EMBEDDED, EMBEDDED_IMAGES
+from ..assets import EMBEDDED, EMBEDDED_IMAGES
 from ..errors import InputError, unknown_name
 from .decode import load_image
 from .labels import read_labels
@@ -208,6 +209,6 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixel_values, "labels": torch.from_numpy(self.source.labels[rows])}
 
 
-def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The identity, as `collate_fn`: `__getitems__` has already put the batch together."""
-    return batch
+def collate(batch: Any) -> dict[str, Tensor]:
+    """The identity, as `collate_fn`: `__getitems__` has already put the batch together, a dict of tensors."""
+    return cast(dict[str, Tensor], batch)

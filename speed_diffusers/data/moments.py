@@ -1,6 +1,5 @@
 """What a VAE makes of images: mean and log-variance of their latents, and the latents drawn from these."""
 
-import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import tensors_sha256
 
 if TYPE_CHECKING:
     # Importing it costs seconds, which opening images need not pay.
@@ -55,12 +55,7 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
     """SHA-256 (hex) over the VAE's configuration and the names, types, shapes and bytes of its weights."""
     # Private keys say where it was loaded from and by which version, not what it computes.
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        # Through bytes, because numpy has no bfloat16.
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(vae.state_dict(), json.dumps(config, sort_keys=True, default=str).encode())
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:

@@ -5,7 +5,6 @@ from .extractors import EXTRACTORS, FeatureExtractor, load_extractor
 from .features import (
     FEATURE_DIM,
     SmallClassifier,
-    file_sha256,
     load_classifier,
 )
 from .frechet import frechet_distance
@@ -28,7 +27,6 @@ __all__ = [
     "SmallClassifier",
     "StatisticsAccumulator",
     "class_agreement_of",
-    "file_sha256",
     "frechet_distance",
     "kernel_distance",
     "load_classifier",

@@ -1,6 +1,5 @@
 """Feature extractors by name: shipped, trained here, or any module of the user's."""
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -13,10 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..embedded import SHIPPED_CLASSIFIER
+from ..assets import EMBEDDED_CLASSIFIER
 from ..errors import InputError, unknown_name
+from ..files import file_sha256, tensors_sha256
 from ..registry import Registry
-from .features import file_sha256, load_classifier
+from .features import load_classifier
 
 FASHION_MNIST = "fashion_mnist"
 
@@ -79,12 +79,12 @@ EXTRACTORS: Registry[Callable[[torch.device], FeatureExtractor]] = Registry("fea
 @EXTRACTORS.register(
     FASHION_MNIST,
     summary="The shipped classifier of Fashion-MNIST: 64 features, 10 classes.",
-    reference="train_scripts/train_classifier.py; its quality is in assets/fashion_mnist/classifier.json",
+    reference="train_scripts/assets/train_classifier.py; its quality is in assets/fashion_mnist/classifier.json",
 )
 def fashion_mnist(device: torch.device) -> FeatureExtractor:
     """The shipped classifier."""
-    classes = json.loads(SHIPPED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
-    return _classifier(FASHION_MNIST, SHIPPED_CLASSIFIER, device, tuple(classes))
+    classes = json.loads(EMBEDDED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
+    return _classifier(FASHION_MNIST, EMBEDDED_CLASSIFIER, device, tuple(classes))
 
 
 def _classifier(
@@ -134,7 +134,7 @@ def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "c
     if isinstance(function, nn.Module):
         function = function.eval().requires_grad_(False).to(device)
         weights = function.state_dict()
-    sha256 = state_sha256(weights) if weights else file_sha256(inspect.getsourcefile(module) or place)
+    sha256 = tensors_sha256(weights) if weights else file_sha256(inspect.getsourcefile(module) or place)
     return FeatureExtractor(f"{Path(place).name}:{attribute}", sha256, function, device=device)
 
 
@@ -155,13 +155,3 @@ def _import(name: str, place: str) -> ModuleType:
         raise InputError(f"feature_extractor={name}: {error}.{hint}") from error
     except Exception as error:  # whatever the user's code does wrong
         raise InputError(f"feature_extractor={name}: importing it failed: {type(error).__name__}: {error}") from error
-
-
-def state_sha256(state: dict[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 over the names, types, shapes and bytes of a state dict; the order does not matter."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        # Through bytes, because numpy has no bfloat16.
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

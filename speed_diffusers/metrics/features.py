@@ -1,14 +1,14 @@
 """A small image classifier whose penultimate features measure how close generated images are to real ones."""
 
-import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..embedded import SHIPPED_CLASSIFIER
+from ..assets import EMBEDDED_CLASSIFIER
 from ..errors import InputError
+from ..files import save_tensors
 
 FEATURE_DIM = 64
 _MAP_SIZE = 4  # height and width of the last feature map; at 32x32 input the pooling to it is the identity
@@ -90,35 +90,26 @@ def save_classifier(classifier: SmallClassifier, path: Path) -> None:
         classifier: The trained classifier.
         path: File to write; an existing one is replaced.
     """
-    state = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in classifier.state_dict().items()
-    }
-    save_file(state, path)
+    state = classifier.state_dict().items()
+    save_tensors({name: value.half() if value.is_floating_point() else value for name, value in state}, path)
 
 
 def load_classifier(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> SmallClassifier:
     """The classifier in float32, frozen and in evaluation mode.
 
     Args:
-        path: File written by `train_scripts/train_classifier.py`. None is the shipped one (Fashion-MNIST, 32x32).
+        path: File written by `train_scripts/assets/train_classifier.py`. None: the embedded one (32x32).
         device: Where the weights go.
 
     Raises:
         InputError: If there is no such file or it does not hold this classifier.
     """
-    path = SHIPPED_CLASSIFIER if path is None else Path(path)
+    path = EMBEDDED_CLASSIFIER if path is None else Path(path)
     if not path.is_file():
-        raise InputError(f"No classifier at '{path}'. Make one with train_scripts/train_classifier.py.")
+        raise InputError(f"No classifier at '{path}'. Make one with train_scripts/assets/train_classifier.py.")
     state = load_file(path)
     if "head.bias" not in state:
-        raise InputError(f"'{path}' holds no classifier of train_scripts/train_classifier.py.")
+        raise InputError(f"'{path}' holds no classifier of train_scripts/assets/train_classifier.py.")
     classifier = SmallClassifier(num_classes=state["head.bias"].shape[0])
     classifier.load_state_dict(state)
     return classifier.float().eval().requires_grad_(False).to(device)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, by which a score names the exact extractor and reference behind it."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

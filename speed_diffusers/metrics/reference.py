@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..embedded import EMBEDDED, SHIPPED_REFERENCE
+from ..assets import EMBEDDED, EMBEDDED_REFERENCE
 from ..errors import InputError
-from .features import file_sha256
+from ..files import file_sha256, save_tensors
 from .statistics import FeatureStatistics
 
 HEADER_KEY = "feature_statistics"
@@ -68,7 +67,7 @@ def save_statistics(
     if resolution is not None:
         header["resolution"] = resolution
     # one header entry: safetensors writes several in a random order, and the file's hash names the reference
-    save_file(tensors, path, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    save_tensors(tensors, Path(path), {HEADER_KEY: json.dumps(header, sort_keys=True)})
 
 
 def load_reference(name: str | Path = EMBEDDED) -> Reference:
@@ -80,7 +79,7 @@ def load_reference(name: str | Path = EMBEDDED) -> Reference:
     Raises:
         InputError: If there is no such file or it holds no reference.
     """
-    path = SHIPPED_REFERENCE if name == EMBEDDED else Path(name)
+    path = EMBEDDED_REFERENCE if name == EMBEDDED else Path(name)
     if not path.is_file():
         raise InputError(f"No reference statistics at '{path}'. Make them with make_reference_statistics.py.")
     wrong = InputError(f"'{path}' holds no reference statistics of make_reference_statistics.py.")

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -13,11 +12,13 @@ from diffusers import DiTPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import __version__
+from ..config.schema import option
 from ..data.moments import vae_factor, vae_fingerprint
 from ..errors import InputError, unknown_name
-from ..sampling import generate, row_names_of, speed_pipeline
-from .extractors import FeatureExtractor, load_extractor, state_sha256
+from ..files import tensors_sha256
+from ..generation.generate import GenerationSettings, generate, row_names_of, speed_pipeline
+from ..version import __version__
+from .extractors import FeatureExtractor, load_extractor
 from .metric import METRICS, Samples
 from .precision_recall import NEAREST
 from .protocol import Protocol, labels_in_words, sampler_settings
@@ -27,35 +28,21 @@ from .statistics import StatisticsAccumulator
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
-    """How to score a pipeline.
+class ScoreSettings(GenerationSettings):
+    """How to score a pipeline: how to generate its images, and what they are measured by.
 
     Attributes:
-        num_images: Images to generate.
         class_rows: Rows of the label table, given to the images in turn; None: all classes, or none where the
             pipeline names none.
-        seed: Seed of the noise: image i has the same noise whatever is scored.
-        batch_size: Images generated at once; the score does not depend on it, but for rounding.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        guidance_channels: Latent channels that are guided, from the first; None: all.
-        guidance_interval: Where the noising process is guided, in shares of it: 0 is clean, 1 is pure noise.
-        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
-        num_inference_steps: Solver steps.
         weights: What the pipeline holds, "ema" or "model"; goes into the protocol.
         metrics: Names in `METRICS`.
         extractor: Makes the features.
         reference: What the features are compared with.
     """
 
-    num_images: int = 2000
+    batch_size: int = option(100, "Images generated at once.", interval="[1, inf)")
+    num_images: int = option(2000, "Generated images.", interval="[2, inf)")
     class_rows: Sequence[int] | None = None
-    seed: int = 0
-    batch_size: int = 100
-    guidance_scale: float = 1.0
-    guidance_channels: int | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    sampler: str | None = None
-    num_inference_steps: int = 50
     weights: str = "ema"
     metrics: Sequence[str] = field(default_factory=lambda: tuple(METRICS))
     extractor: FeatureExtractor = field(default_factory=load_extractor)
@@ -72,40 +59,24 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
     Raises:
         InputError: What cannot be generated or measured so; nothing has been generated.
     """
-    for name, lowest in (
-        ("num_images", 2),
-        ("batch_size", 1),
-        ("num_inference_steps", 1),
-        ("guidance_scale", 1),
-        ("seed", 0),
-    ):
-        if getattr(settings, name) < lowest:
-            raise InputError(f"{name}={getattr(settings, name)}: must be at least {lowest}.")
-    low, high = settings.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"guidance_interval={low},{high}: must be two numbers in [0, 1], the lower one first.")
-    sampling, channels = speed_pipeline(pipeline, settings.sampler), pipeline.transformer.config.in_channels
-    if settings.guidance_channels is not None and not 1 <= settings.guidance_channels <= channels:
-        raise InputError(f"guidance_channels={settings.guidance_channels}: must lie in [1, {channels}].")
-    scheduler: Any = sampling.scheduler
-    longest = scheduler.config.num_train_timesteps
-    if settings.num_inference_steps > longest:
-        raise InputError(f"num_inference_steps={settings.num_inference_steps}: the model has {longest} timesteps.")
+    settings.check_fits(pipeline)
+    sampling = speed_pipeline(pipeline, settings.sampler)
     rows, table = _class_rows(pipeline, settings), pipeline.transformer.config.num_embeds_ada_norm
     if not rows or min(rows) < 0 or max(rows) > table:
         raise InputError(f"class_rows={rows}: must be rows of the label table, 0 to {table}.")
     resolution = pipeline.transformer.config.sample_size * vae_factor(pipeline.vae)
     check_measurable(settings, resolution)
     guided = settings.guidance_scale != 1
+    low, high = settings.guidance_interval
     return Protocol(
         num_images=settings.num_images,
         labels="no class" if rows == [sampling.null_class_id] else labels_in_words(rows),
-        sampler=type(scheduler).__name__,
-        sampler_settings=sampler_settings(scheduler),
+        sampler=type(sampling.scheduler).__name__,
+        sampler_settings=sampler_settings(sampling.scheduler),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         guidance_channels=settings.guidance_channels if guided else None,
-        guidance_interval=settings.guidance_interval if guided else (0.0, 1.0),
+        guidance_interval=(low, high) if guided else (0.0, 1.0),
         seed=settings.seed,
         resolution=resolution,
         weights=settings.weights,
@@ -157,14 +128,19 @@ def check_measurable(settings: ScoreSettings, resolution: int) -> None:
 
 
 def score_pipeline(
-    pipeline: DiTPipeline, settings: ScoreSettings | None = None, *, description: str = "Scoring"
+    pipeline: DiTPipeline,
+    settings: ScoreSettings | None = None,
+    *,
+    protocol: Protocol | None = None,
+    description: str = "Scoring",
 ) -> Score:
     """Generates images, classes in turn, and measures them.
 
     Args:
         pipeline: Any DiT pipeline.
         settings: How to score it; None: 2,000 images, 50 steps of the pipeline's own sampler, no guidance, in the
-            features of the shipped classifier against the shipped reference, which are of 32x32 garments.
+            features of the embedded classifier against the embedded reference, which are of Fashion-MNIST at 32x32.
+        protocol: From `make_protocol`, where that was called already.
         description: Name of the progress bar.
 
     Raises:
@@ -172,7 +148,7 @@ def score_pipeline(
     """
     settings = settings or ScoreSettings()
     began = time.perf_counter()
-    protocol = make_protocol(pipeline, settings)
+    protocol = protocol or make_protocol(pipeline, settings)
     rows = _class_rows(pipeline, settings)
     labels = [rows[index % len(rows)] for index in range(settings.num_images)]
     statistics, features, predicted = StatisticsAccumulator(), list[Tensor](), list[Tensor]()
@@ -198,7 +174,7 @@ def score_pipeline(
         device=pipeline.transformer.device.type,
         seconds=round(time.perf_counter() - began, 1),
     )
-    return Score(values, state_sha256(pipeline.transformer.state_dict()), protocol, environment)
+    return Score(values, tensors_sha256(pipeline.transformer.state_dict()), protocol, environment)
 
 
 def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
@@ -228,19 +204,7 @@ def _images(
 ) -> Iterator[Tensor]:
     """Batches of generated images, (B, 3, H, W) float32 in [0, 1], under a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {
-        name: getattr(settings, name)
-        for name in (
-            "seed",
-            "batch_size",
-            "guidance_scale",
-            "guidance_channels",
-            "guidance_interval",
-            "sampler",
-            "num_inference_steps",
-        )
-    }
-    batches: Iterator[npt.NDArray[np.float32]] = generate(pipeline, labels, **options)
+    batches: Iterator[npt.NDArray[np.float32]] = generate(pipeline, labels, settings)
     with tqdm(total=len(labels), desc=description, unit="image") as progress:
         for batch in batches:
             yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import write_text
 from .protocol import Protocol
 
 logger = logging.getLogger(__name__)
@@ -119,12 +119,7 @@ def save_score(
     place = {"step": step, "images_seen": images_seen, "training_seconds": seconds}
     document = {"format_version": FORMAT_VERSION, **place, **score.to_dict()}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(document, indent=1) + "\n")
     return path
 
 

@@ -13,19 +13,7 @@ from .mixin import SpeeDSchedulerMixin
 class SpeeDDDIMScheduler(SpeeDSchedulerMixin, DDIMScheduler):
     """`DDIMScheduler` that also draws training timesteps and weighs their losses as SpeeD does (arXiv 2405.17403).
 
-    All parameters of `DDIMScheduler`, with its defaults, and:
-
-    Args:
-        speed_sampling: Density over timesteps, with parameters or without; "uniform" is the exact baseline.
-        speed_weighting: Loss weighting, with parameters or without; "none" is the exact baseline.
-        speed_k: How many times more often steps before tau are drawn; at least 1.
-        speed_tau: First timestep of the convergence area, in [1, T], or a share of T in (0, 1); None: from `speed_r`.
-        speed_r: The convergence area begins where 1/r of the signal's variance is left; above 1.
-        speed_lambda: Change-aware weights run from 1 - lambda to lambda; in [0.5, 1].
-        speed_draw: How a batch is drawn: "independent", "paired" or "stratified".
-        speed_normalize_weights: Scale the weights to mean 1 under the draws.
-        speed_anneal_start: Share of the training after which k falls to 1, in [0, 1]; 1: never.
-        speed_anneal_end: Share of the training at which k is 1, in [speed_anneal_start, 1].
+    All parameters of `DDIMScheduler`, with its defaults, and SpeeD's.
 
     Raises:
         InputError: (a ValueError) A `speed_` value is outside its range or names nothing.

@@ -22,11 +22,12 @@ from diffusers.configuration_utils import register_to_config
 
 from ..errors import InputError, unknown_name
 from ..process import ForwardProcess, is_rectified_flow
+from ..settings import PREFIX, SPEED_DEFAULTS
 from .ddim import SpeeDDDIMScheduler
 from .ddpm import SpeeDDDPMScheduler
 from .flow import SpeeDFlowMixin
 from .flow_match_euler_discrete import SpeeDFlowMatchEulerDiscreteScheduler
-from .mixin import PREFIX, SPEED_DEFAULTS, SpeeDSchedulerMixin
+from .mixin import SpeeDSchedulerMixin
 
 NAME_PREFIX = "SpeeD"
 
@@ -136,7 +137,7 @@ def _make_class(host: type) -> type:
     body: dict[str, Any] = {
         "__init__": register_to_config(__init__),
         "__module__": __name__,
-        "__doc__": f"`{host.__name__}` with SpeeD: its parameters, and those of `SpeeDDDPMScheduler` named `speed_`.",
+        "__doc__": f"`{host.__name__}` with SpeeD: its parameters, and SpeeD's options.",
     }
     if not flow and not hasattr(host, "get_velocity"):
         # The target of v-prediction, for hosts that can sample with it but not give it.

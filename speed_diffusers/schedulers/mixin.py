@@ -1,31 +1,18 @@
 """The mixin that teaches a diffusers scheduler SpeeD's timestep sampling and loss weights."""
 
+import dataclasses
 from typing import Any, cast
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from ..errors import InputError
 from ..predictions import FLOW_PREDICTION
 from ..process import Areas, ForwardProcess, is_rectified_flow
-from ..strategy import SpeeDOptions, SpeeDStrategy
+from ..settings import PREFIX, SPEED_KEYS, SpeeDOptions
+from ..strategy import REGISTRIES, SpeeDStrategy
 from ..tables import SpeeDTables, draw, weights
-
-PREFIX = "speed_"
-
-SPEED_DEFAULTS: dict[str, Any] = {
-    "speed_sampling": "asymmetric",
-    "speed_weighting": "change_aware",
-    "speed_k": 5.0,
-    "speed_tau": None,
-    "speed_r": 145.0,
-    "speed_lambda": 0.6,
-    "speed_draw": "independent",
-    "speed_normalize_weights": False,
-    "speed_anneal_start": 1.0,
-    "speed_anneal_end": 1.0,
-}
-"""Our config keys with their defaults: the paper's SpeeD. A host's `__init__` may leave some out."""
 
 
 class SpeeDSchedulerMixin:
@@ -41,12 +28,17 @@ class SpeeDSchedulerMixin:
     DPMSolver, DEIS or UniPC noises the wrong way round until `set_timesteps`, and that of Euler, LMS or Heun does not
     scale the signal.
 
-    Config keys, all JSON scalars: `speed_sampling` (a name in `DENSITIES`, with parameters as in
-    "logit_normal:mean=-0.5"), `speed_weighting` (the same of `WEIGHTINGS`), `speed_k` (at least 1), `speed_tau` (in
-    [1, T], or a share of T in (0, 1); None: from `speed_r`), `speed_r` (above 1), `speed_lambda` (in [0.5, 1]),
-    `speed_draw` (a name in `DRAWS`), `speed_normalize_weights` (true: mean weight 1 under the draws),
-    `speed_anneal_start` and `speed_anneal_end` (shares of the training between which k falls to 1).
+    Config keys, all JSON scalars, are the fields of `SpeeDOptions` with `speed_` before their names. Every SpeeD class
+    lists them at the end of its docstring.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Ends the docstring of each SpeeD scheduler with the options, from the one place where they are described."""
+        super().__init_subclass__(**kwargs)
+        if cls.__doc__ and issubclass(cls, SchedulerMixin):
+            fields = {field.name: field for field in dataclasses.fields(SpeeDOptions)}
+            lines = [f"        {key}: {fields[name].metadata['help']}" for key, name in SPEED_KEYS.items()]
+            cls.__doc__ = "\n".join([cls.__doc__.rstrip(), "", "    SpeeD's options:", *lines, "    "])
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
@@ -124,9 +116,9 @@ class SpeeDSchedulerMixin:
         return timesteps
 
     @property
-    def speed_is_adaptive(self) -> bool:
-        """Whether the density learns from the errors of the training, and so needs `update_speed`."""
-        return self.speed_strategy.is_adaptive
+    def speed_is_loss_aware(self) -> bool:
+        """Whether the density follows the losses of the training, and so needs `update_speed`."""
+        return self.speed_strategy.is_loss_aware
 
     def update_speed(self, error_sums: Tensor, error_counts: Tensor) -> None:
         """Tells a density that learns the errors of one or more batches, summed over all processes.
@@ -176,6 +168,10 @@ class SpeeDSchedulerMixin:
 
     def _speed_options(self) -> SpeeDOptions:
         config = cast(Any, self).config
-        values = {key.removeprefix(PREFIX): config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
-        values["lambda_"] = values.pop("lambda")
-        return SpeeDOptions(**values, prediction_type=self._speed_prediction_type)
+        for key in REGISTRIES:
+            if callable(config.get(key)):
+                raise InputError(
+                    f"{key}={config[key]!r}: a scheduler's config holds names only; register the function under one, "
+                    "or use speed_diffusers.functional."
+                )
+        return SpeeDOptions.from_config(config, self._speed_prediction_type)

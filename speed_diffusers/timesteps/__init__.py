@@ -8,9 +8,8 @@ from .speed import UNIFORM  # first, because tables and help keep the order of r
 
 # isort: split
 
-from . import index, learned, noise  # noqa: F401  (they register their densities)
-from .adaptive import AdaptiveDensity
-from .density import DENSITIES, Density, normalised, timestep_density, timestep_pmf
+from . import loss_aware, noise, position  # noqa: F401  (they register their densities)
+from .density import DENSITIES, Density, normalised, timestep_pmf
 from .draw import (
     DRAWS,
     INDEPENDENT,
@@ -20,6 +19,7 @@ from .draw import (
     drawn_pmf,
     dual_steps,
 )
+from .loss_aware_state import LossAwareDensity
 
 __all__ = [
     "DENSITIES",
@@ -27,13 +27,12 @@ __all__ = [
     "INDEPENDENT",
     "PAIRED",
     "UNIFORM",
-    "AdaptiveDensity",
+    "LossAwareDensity",
     "Density",
     "draw_independent",
     "draw_uniform",
     "drawn_pmf",
     "dual_steps",
     "normalised",
-    "timestep_density",
     "timestep_pmf",
 ]

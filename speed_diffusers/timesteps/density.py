@@ -5,11 +5,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..process import ForwardProcess
-from ..registry import Registry
+from ..registry import Choice, Registry
 from ..settings import SpeeDSettings
-from .adaptive import AdaptiveDensity
+from .loss_aware_state import LossAwareDensity
 
-Density = Callable[..., Tensor | AdaptiveDensity]
+Density = Callable[..., Tensor | LossAwareDensity]
 """Process and settings (and parameters, by keyword) to unnormalised probabilities, shape (T,), float64, none negative.
 
 Or to an object that learns them from the errors of the training.
@@ -18,29 +18,22 @@ Or to an object that learns them from the errors of the training.
 DENSITIES: Registry[Density] = Registry("timestep density (speed_sampling)")
 
 
-def timestep_density(choice: str, process: ForwardProcess, settings: SpeeDSettings) -> Tensor | AdaptiveDensity:
-    """What the density `choice` makes of a process: unnormalised probabilities, or an object that learns them.
+def timestep_pmf(choice: str | Density | Choice[Density], process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
+    """The probabilities that a density gives to the timesteps of a process.
 
     Args:
-        choice: Name of a density, with parameters or without, such as "logit_normal:mean=-0.5".
+        choice: Name of a density, with parameters or without, such as "logit_normal:mean=-0.5"; or a function.
         process: The forward process.
         settings: SpeeD's numbers.
+
+    Returns:
+        Shape (T,), float64, summing to 1; of a loss-aware density those that it begins with.
 
     Raises:
         InputError: No such density or parameter, a parameter outside its range, or a process it does not fit.
     """
-    chosen = DENSITIES.parse(choice)
-    return chosen.entry.function(process, settings, **chosen.arguments)
-
-
-def timestep_pmf(choice: str, process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
-    """The probabilities of the density `choice`, shape (T,), float64, summing to 1.
-
-    Raises:
-        InputError: As for `timestep_density`.
-    """
-    density = timestep_density(choice, process, settings)
-    return density.pmf() if isinstance(density, AdaptiveDensity) else normalised(density)
+    density = DENSITIES.parse(choice)(process, settings)
+    return density.pmf() if isinstance(density, LossAwareDensity) else normalised(density)
 
 
 def normalised(density: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Options: what they are, where they are read from, and the command line that every script shares."""

@@ -1,0 +1,177 @@
+"""Images from a pipeline: one seed an image, in lazy batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from diffusers import DiTPipeline
+
+from ..config.schema import Options, option
+from ..errors import InputError, unknown_name
+from ..models import NULL_CLASS
+from ..pipelines import SpeeDDiTPipeline
+from ..randomness import keyed_generator
+from .samplers import SAMPLERS, make_sampler
+
+
+@dataclass(frozen=True)
+class GenerationSettings(Options):
+    """How images are generated. Scripts that generate inherit these options; the defaults are those of a score.
+
+    Raises:
+        InputError: A number lies outside its range.
+    """
+
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1: none.", interval="[1, inf)")
+    guidance_channels: int | None = option(
+        None, "Latent channels to guide, from the first; None: all. DiT guided 3 of 4.", interval="[1, inf)"
+    )
+    guidance_interval: list[float] = option(
+        [0.0, 1.0], "Where to guide: shares of the noising process, 0 is clean, 1 is noise.", interval="[0, 1]"
+    )
+    sampler: str | None = option(None, "Solver; None: the pipeline's own.", choices=SAMPLERS)
+    num_inference_steps: int = option(50, "Solver steps.", interval="[1, inf)")
+    seed: int = option(0, "Seed; the noise of image i depends on it and i alone.", interval="[0, 2^63)")
+    batch_size: int = option(64, "Images generated at once.", interval="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interval = self.guidance_interval
+        if len(interval) != 2 or interval[0] > interval[1]:
+            raise InputError(f"guidance_interval={interval}: must be two numbers in [0, 1], the lower one first.")
+
+    def check_fits(self, pipeline: DiTPipeline) -> None:
+        """Checks that a pipeline can generate so.
+
+        Raises:
+            InputError: It has fewer channels or timesteps, or the sampler cannot follow its schedule.
+        """
+        channels = pipeline.transformer.config.in_channels
+        if self.guidance_channels is not None and self.guidance_channels > channels:
+            raise InputError(f"guidance_channels={self.guidance_channels}: must lie in [1, {channels}].")
+        longest = speed_pipeline(pipeline, self.sampler).scheduler.config.num_train_timesteps
+        if self.num_inference_steps > longest:
+            raise InputError(f"num_inference_steps={self.num_inference_steps}: the model has {longest} timesteps.")
+
+
+def generate(
+    pipeline: DiTPipeline,
+    class_rows: Sequence[int],
+    settings: GenerationSettings | None = None,
+    *,
+    first_image: int = 0,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Generates images in batches, in the order of their classes.
+
+    The noise of image i comes from (seed, first_image + i) alone, so an image does not depend on the batch it is in.
+
+    Args:
+        pipeline: Any DiT pipeline; its scheduler is left as it is.
+        class_rows: Class of each image, as the pipeline takes it (rows of its label table).
+        settings: How; None: the defaults.
+        first_image: Number of the first image, so that processes can share a set.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
+
+    Yields:
+        float32 (b, H, W, 3) in [0, 1].
+    """
+    settings = settings or GenerationSettings()
+    sampling = speed_pipeline(pipeline, settings.sampler)
+    for start in range(0, len(class_rows), settings.batch_size):
+        rows = list(class_rows[start : start + settings.batch_size])
+        numbers = range(first_image + start, first_image + start + len(rows))
+        result = sampling(
+            class_labels=rows,
+            generator=[keyed_generator(settings.seed, "image", number) for number in numbers],
+            guidance_scale=settings.guidance_scale,
+            guidance_channels=settings.guidance_channels,
+            guidance_interval=tuple(settings.guidance_interval),
+            num_inference_steps=settings.num_inference_steps,
+            output_type="np",
+        )
+        yield cast(Any, result).images
+
+
+def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDiTPipeline:
+    """The pipeline that samples with a learned variance and guides in part, around another one's parts.
+
+    Args:
+        pipeline: Any DiT pipeline; it keeps its own scheduler and shares its models.
+        sampler: One of `samplers.SAMPLERS`; None: the pipeline's own scheduler.
+
+    Raises:
+        InputError: Unknown sampler, or one that cannot follow the model's schedule.
+    """
+    parts = dict(pipeline.components)
+    if sampler is not None:
+        parts["scheduler"] = make_sampler(sampler, pipeline)
+    elif isinstance(pipeline, SpeeDDiTPipeline):
+        return pipeline
+    # What a stock pipeline was given as id2label it has kept with every name on its own.
+    names = pipeline.config.get("id2label") or row_names_of(pipeline) or None
+    null = pipeline.config.get("null_class_id")
+    wrapped = SpeeDDiTPipeline(**parts, id2label=names, null_class_id=null)
+    wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return wrapped
+
+
+def class_samples(
+    pipeline: DiTPipeline, class_rows: Sequence[int], num_images: int, settings: GenerationSettings | None = None
+) -> npt.NDArray[np.float32]:
+    """The same number of images of each class.
+
+    Args:
+        pipeline: As in `generate`.
+        class_rows: Classes, as rows of the label table.
+        num_images: Images per class.
+        settings: As in `generate`.
+
+    Returns:
+        float32 (classes x num_images, H, W, 3), class by class, in [0, 1].
+    """
+    rows = [row for row in class_rows for _ in range(num_images)]
+    return np.concatenate(list(generate(pipeline, rows, settings)))
+
+
+def row_names_of(pipeline: DiTPipeline) -> dict[int, str]:
+    """Rows of a pipeline's label table with their names; empty if it names none."""
+    names: dict[int, str] = {}
+    for name, row in sorted(pipeline.labels.items(), key=lambda item: item[1]):
+        # One class may have several names, which diffusers has taken apart at their commas.
+        names[row] = f"{names[row]}, {name}" if row in names else name
+    return names
+
+
+def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[int, str]:
+    """Rows of the label table, with names, for classes given by a person.
+
+    Args:
+        wanted: Names (whole, or one of several that commas separate) or rows; empty: the first ten classes, or "no
+            class" where there are none.
+        row_names: Name of each row; empty where the model names no classes: rows are taken as they are then.
+
+    Raises:
+        InputError: A name or row that is not among the classes.
+    """
+    if not wanted:
+        return dict(list(row_names.items())[:10]) or {NULL_CLASS: "no class"}
+    if not row_names and all(label.isdecimal() for label in wanted):
+        return {int(label): label for label in wanted}
+    # Whole names first, rows last: folders may be called "0", "1", "10", "2".
+    rows: dict[str, int] = {}
+    for row, name in row_names.items():
+        rows.setdefault(name, row)
+    for row, name in row_names.items():
+        for part in name.split(","):
+            rows.setdefault(part.strip(), row)
+    names = list(rows)
+    for row in row_names:
+        rows.setdefault(str(row), row)
+    for label in wanted:
+        if label not in rows:
+            raise unknown_name("class label", label, names)
+    return {rows[label]: row_names[rows[label]] for label in wanted}

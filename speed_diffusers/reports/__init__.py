@@ -1,0 +1,1 @@
+"""Pictures and texts: grids of images, errors, strategies side by side, what a run costs."""

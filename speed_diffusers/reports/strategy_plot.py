@@ -1,0 +1,115 @@
+"""Strategies side by side over the timesteps: how often each step is drawn, what it counts, and both together."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from ..process import Areas
+from ..tables import SpeeDTables
+
+SHADES = ("0.97", "0.92", "0.86")
+STYLES = ("-", "--", "-.", ":")
+STEEP = 20.0
+"""A panel whose largest value is more than so many times its median gets a logarithmic axis."""
+FLOOR = 0.02
+"""Values smaller than this share of the median would only stretch a logarithmic axis; they lie below its edge."""
+
+
+def relative_density(tables: SpeeDTables) -> Tensor:
+    """How many times as often as under uniform draws each timestep is drawn, shape (T,), float64, of mean 1."""
+    return tables.drawn_pmf * tables.process.num_train_timesteps
+
+
+def mean_weight(tables: SpeeDTables) -> float:
+    """E_p[w], the mean loss weight of a drawn timestep."""
+    return float((tables.drawn_pmf * tables.weights).sum())
+
+
+def area_shares(tables: SpeeDTables, areas: Areas) -> dict[str, float]:
+    """Share of the draws that fall into each area, by its name; they sum to 1."""
+    return {name: float(tables.drawn_pmf[area.start : area.stop].sum()) for name, area in vars(areas).items()}
+
+
+def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, title: str, path: Path) -> None:
+    """Saves a PNG of strategies over the timesteps of one process: noise level, density, weight, and their product.
+
+    Areas are bands with their names. A strategy whose tau is another than that of `areas` has it as a dotted line in
+    its colour.
+
+    Args:
+        strategies: Name of each strategy and its tables, one or more, all of the same process.
+        areas: The three areas that are marked.
+        title: What the picture shows.
+        path: PNG file to write.
+    """
+    legend_rows = -(-len(strategies) // 3)
+    figure = Figure(figsize=(9, 8.2 + 0.22 * legend_rows), dpi=100, layout="constrained")
+    panels = figure.subplots(4, 1, sharex=True, height_ratios=(0.55, 1, 1, 1))
+    noise, density, weight, product = panels
+    first = next(iter(strategies.values()))
+    noise.plot(first.process.noise_level, color="black", linewidth=0.9)
+    noise.set(ylabel="noise level", ylim=(-0.03, 1.03), xlim=(0, areas.convergence.stop))
+    curves: dict[Axes, list[Tensor]] = {density: [], weight: [], product: []}
+    handles = []
+    for index, (name, tables) in enumerate(strategies.items()):
+        # The later, the thinner, so that equal curves show all their colours.
+        look: dict[str, Any] = {
+            "color": f"C{index % 10}",
+            "linestyle": STYLES[index % len(STYLES)],
+            "linewidth": max(1.2, 2.8 - 0.4 * index),
+        }
+        drawn = relative_density(tables)
+        for axes, values in zip(curves, (drawn, tables.weights, drawn * tables.weights), strict=True):
+            axes.plot(values, **look)
+            curves[axes].append(values)
+            if tables.settings.tau != areas.convergence.start:
+                axes.axvline(tables.settings.tau, color=look["color"], linestyle=":", linewidth=1)
+        handles.append(Line2D([], [], label=f"{name}   (mean weight {mean_weight(tables):.3g})", **look))
+    density.set(ylabel="density / uniform")
+    weight.set(ylabel="loss weight")
+    product.set(ylabel="density x weight", xlabel="timestep (0: least noise)")
+    for axes, drawn_values in curves.items():
+        _scale(axes, torch.cat(drawn_values))
+    _mark_areas(panels, areas)
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, handlelength=3)
+    figure.savefig(path)
+
+
+def axis_range(values: Tensor) -> tuple[str, float, float]:
+    """The scale of an axis ("linear", or "log" where a few values would flatten all others), and its two ends.
+
+    Args:
+        values: Everything that is drawn on the axis, any shape, none negative and not all zero.
+    """
+    highest, median = float(values.max()), float(values.median())
+    if highest <= STEEP * median:
+        return "linear", 0.0, 1.12 * highest
+    lowest = float(values[values > FLOOR * median].min())
+    return "log", 0.7 * lowest, 1.4 * highest
+
+
+def _scale(axes: Axes, values: Tensor) -> None:
+    scale, low, high = axis_range(values)
+    axes.set(yscale=scale, ylim=(low, high))
+    axes.grid(axis="y", color="white", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _mark_areas(panels: Sequence[Axes], areas: Areas) -> None:
+    total = areas.convergence.stop
+    for (name, area), shade in zip(vars(areas).items(), SHADES, strict=True):
+        if not len(area):
+            continue
+        for axes in panels:
+            axes.axvspan(area.start, area.stop, color=shade, zorder=0)
+        # A name that is wider than its area would run into its neighbour's.
+        label = name if len(area) > 0.13 * total else f"{name[:4]}."
+        middle = (area.start + area.stop) / 2
+        panels[0].text(middle, 1.04, label, transform=panels[0].get_xaxis_transform(), ha="center", fontsize=9)

@@ -1,0 +1,166 @@
+"""What a training run of a DiT will cost, by formula: operations, GPU hours, memory of its state, size of its cache.
+
+Nothing here is measured. Peaks and memory are those of the vendors' data sheets, and what share of a peak a training
+reaches is an assumption of whoever asks.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.schema import Interval
+from ..errors import unknown_name
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One model of GPU.
+
+    Attributes:
+        bf16_tflops: Peak of its matrix units in bf16, sums in float32, without sparsity, in 10^12 operations a second.
+        memory_gb: Its memory as it is sold, in GB.
+    """
+
+    bf16_tflops: float
+    memory_gb: float
+
+
+GPUS: dict[str, GPU] = {
+    "A10": GPU(125.0, 24),
+    "A100": GPU(312.0, 80),
+    "A100-40GB": GPU(312.0, 40),
+    "B200": GPU(2250.0, 180),
+    "H100": GPU(989.0, 80),
+    "H100-PCIe": GPU(756.0, 80),
+    "H200": GPU(989.0, 141),
+    "L4": GPU(121.0, 24),
+    "L40S": GPU(362.0, 48),
+    "MI300X": GPU(1307.0, 192),
+    "RTX3090": GPU(71.0, 24),
+    "RTX4090": GPU(165.0, 24),
+    "RTX5090": GPU(209.0, 32),
+    "RTXA6000": GPU(155.0, 48),
+}
+"""GPUs by name, from the vendors' data sheets; case does not matter to `gpu_named`."""
+
+BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "moving average": 4}
+"""Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
+
+BYTES_A_MOMENT = 2
+"""The cache holds mean and log-variance of every latent value in float16."""
+
+RECOMPUTED = 4 / 3
+"""Gradient checkpointing runs the forward pass twice: 8 operations a multiply-accumulate instead of 6."""
+
+
+def gpu_named(name: str) -> GPU:
+    """A GPU by name, whatever its case.
+
+    Raises:
+        InputError: It is not in the table; the message gives the nearest name.
+    """
+    found = {known.lower(): gpu for known, gpu in GPUS.items()}.get(name.lower())
+    if found is None:
+        raise unknown_name("gpu", name.upper(), GPUS)
+    return found
+
+
+def forward_macs(config: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of one forward pass for one image; what DiT's paper calls its Gflops.
+
+    Counted from the architecture (Peebles and Xie, arXiv 2212.09748, section 3.2): matrix products alone. Norms,
+    activations and sums are left out, as is usual.
+
+    Args:
+        config: As `dit_config` makes it, or the config of a `DiTTransformer2DModel`.
+    """
+    patch = config["patch_size"]
+    tokens = (config["sample_size"] // patch) ** 2
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    # Query, key, value and output are 4 d^2 a token, the feed-forward of ratio 4 is 8 d^2; adaLN is 6 d^2 an image.
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
+    embedder = 256 * width + width**2
+    patches_in = tokens * patch**2 * config["in_channels"] * width
+    patches_out = tokens * patch**2 * config["out_channels"] * width
+    head = 2 * width**2
+    return int(config["num_layers"] * block + embedder + patches_in + patches_out + head)
+
+
+def training_flops(config: Mapping[str, Any]) -> int:
+    """Floating-point operations of forward and backward pass for one image: 6 a multiply-accumulate.
+
+    Two for the product and the sum, and the backward pass costs twice the forward pass. What gradient checkpointing
+    computes again does not count: it is no part of the model.
+
+    Args:
+        config: As in `forward_macs`.
+    """
+    return 6 * forward_macs(config)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """A run by its numbers, from which all costs follow.
+
+    Attributes:
+        config: Config of the transformer, as `dit_config` makes it.
+        num_parameters: Of the model in training form.
+        global_batch: Images of an optimizer step, on all devices.
+        max_train_steps: Optimizer steps of the run.
+        num_images: Images of the data; None: not known.
+        random_flip: The cache holds the mirror images too.
+        gradient_checkpointing: Activations are computed twice.
+    """
+
+    config: Mapping[str, Any]
+    num_parameters: int
+    global_batch: int
+    max_train_steps: int
+    num_images: int | None = None
+    random_flip: bool = False
+    gradient_checkpointing: bool = False
+
+    @property
+    def image_flops(self) -> float:
+        """Operations of forward and backward pass for an image, recomputed activations included."""
+        return training_flops(self.config) * (RECOMPUTED if self.gradient_checkpointing else 1.0)
+
+    @property
+    def step_flops(self) -> float:
+        """Operations of an optimizer step on all devices."""
+        return self.image_flops * self.global_batch
+
+    @property
+    def run_flops(self) -> float:
+        """Operations of the whole run."""
+        return self.step_flops * self.max_train_steps
+
+    def gpu_hours(self, gpu: GPU, utilization: float) -> float:
+        """Hours of one GPU for the whole run; divided by the number of GPUs it is the time on the clock.
+
+        Args:
+            gpu: The GPU.
+            utilization: Share of its bf16 peak that training reaches, in (0, 1].
+
+        Raises:
+            InputError: The share is outside (0, 1].
+        """
+        Interval("(0, 1]").require("mfu", utilization)
+        return self.run_flops / (gpu.bf16_tflops * 1e12 * utilization) / 3600
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients, AdamW's moments and moving average, on every device that holds all of them."""
+        return self.num_parameters * sum(BYTES_A_PARAMETER.values())
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of the cached latents of an image, with those of its mirror image if there are any."""
+        shape = (2, self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
+        return math.prod(shape) * BYTES_A_MOMENT * (2 if self.random_flip else 1)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes of the cached latents of all images; None where their number is not known."""
+        return None if self.num_images is None else self.num_images * self.latent_bytes

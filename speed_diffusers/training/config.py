@@ -1,0 +1,199 @@
+"""Every option of the training script, its default, range and help, under the names that diffusers' scripts use."""
+
+from dataclasses import Field, dataclass, fields, make_dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..assets import EMBEDDED
+from ..config.schema import Options, option
+from ..errors import InputError
+from ..generation.samplers import SAMPLERS
+from ..metrics.extractors import FASHION_MNIST
+from ..models import MODEL_NAMES
+from ..objective import PREDICTION_TYPES
+from ..registry import help_lines
+from ..settings import SPEED_KEYS, SpeeDOptions
+from ..strategy import REGISTRIES
+from ..variance import VARIANCE_TYPES
+
+DEFAULT_CONFIG = "quickstart/fashion_mnist"
+"""What the training script trains where it is told nothing."""
+
+POLYNOMIAL_END = 1e-7
+"""Where diffusers' polynomial schedule ends; it must begin above."""
+
+
+def _speed_field(key: str, field: "Field[Any]") -> tuple[str, Any, Any]:
+    """An option of SpeeD as a field of the training script, with what may be chosen behind its help text."""
+    about, kind = field.metadata["help"], field.type
+    choices: tuple[str, ...] = ()
+    if key in REGISTRIES:
+        kind = str
+        if any(entry.parameters for entry in REGISTRIES[key].values()):
+            # Names with parameters behind them, which the registry reads.
+            about = f"{about} With parameters as in NAME:a=1,b=2. {help_lines(REGISTRIES[key])}"
+        else:
+            choices = tuple(REGISTRIES[key])
+    interval = field.metadata["interval"]
+    return key, kind, option(field.default, about, interval=interval and interval.text, choices=choices)
+
+
+@dataclass
+class _DataAndModel(Options):
+    """The options that stand before SpeeD's."""
+
+    # Data
+    dataset_name: str | None = option(None, "Dataset on the Hub, or 'embedded' for the shipped Fashion-MNIST images.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, if it has several.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset on the Hub.")
+    dataset_split: str = option("train", "Split to train on.")
+    train_data_dir: str | None = option(None, "Sub-folders of images a class, or parquet files.", free=True)
+    image_column: str = option("image", "Column that holds the images.")
+    label_column: str | None = option("label", "Column that holds the classes; None trains without classes.")
+    max_train_samples: int | None = option(None, "Train on the first so many images only.", interval="[1, inf)")
+    cache_dir: str | None = option(None, "Of downloads and cached latents; None: that of datasets.", free=True)
+    resolution: int = option(256, "Side of the square training images, in pixels.", interval="[1, inf)")
+    center_crop: bool = option(True, "Crop the centre square; false squeezes the whole image into a square.")
+    random_flip: bool = option(False, "Mirror half of the images left to right.")
+    cache_latents: bool = option(True, "Encode the images once; false encodes them in every step.")
+    vae_batch_size: int = option(32, "Images that the VAE encodes or decodes at once.", interval="[1, inf)", free=True)
+    dataloader_num_workers: int = option(
+        0, "Processes that load data; 0 loads in the training process.", interval="[0, inf)", free=True
+    )
+
+    # Model
+    model: str = option("DiT-XL/2", "Size and patch of the transformer.", choices=MODEL_NAMES)
+    num_classes: int | None = option(None, "Classes of the model; None: as many as the data has.", interval="[0, inf)")
+    pretrained_model_name_or_path: str | None = option(None, "DiT to fine-tune: run, pipeline folder, Hub id.")
+    pretrained_vae_model_name_or_path: str = option(
+        "stabilityai/sd-vae-ft-ema", "AutoencoderKL: folder, Hub id, or 'embedded' for the shipped one."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the pretrained model on the Hub.")
+    tie_embedders: bool = option(True, "One timestep and label embedder for all blocks, as in DiT.")
+    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+
+    # Diffusion process and SpeeD
+    num_train_timesteps: int = option(1000, "Timesteps of the diffusion process.", interval="[2, inf)")
+    beta_schedule: str = option(
+        "linear", "Noise schedule.", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+    )
+    beta_start: float = option(0.0001, "First beta.", interval="(0, 1)")
+    beta_end: float = option(0.02, "Last beta; at least beta_start.", interval="(0, 1)")
+    rescale_betas_zero_snr: bool = option(False, "End the noise schedule at zero signal.")
+    prediction_type: str = option(
+        "epsilon", "What the network predicts; flow_prediction trains a rectified flow.", choices=PREDICTION_TYPES
+    )
+    flow_shift: float = option(1.0, "Shift of a flow's times towards noise, for large images.", interval="(0, inf)")
+    variance_type: str = option(
+        "fixed_small",
+        "learned_range: the network predicts the steps' variance too, as DiT does.",
+        choices=VARIANCE_TYPES,
+    )
+    weight_variance_loss: bool = option(False, "The loss weight holds for the variance term too.")
+
+
+if TYPE_CHECKING:
+    _WithSpeeD = _DataAndModel
+else:
+    _FIELDS = {field.name: field for field in fields(SpeeDOptions)}
+    _WithSpeeD = make_dataclass(
+        "_WithSpeeD", [_speed_field(key, _FIELDS[name]) for key, name in SPEED_KEYS.items()], bases=(_DataAndModel,)
+    )
+
+
+@dataclass
+class TrainConfig(_WithSpeeD):
+    """Options of `train_dit_speed.py`, SpeeD's from `SpeeDOptions`. Steps are optimizer steps everywhere."""
+
+    class_dropout_prob: float = option(
+        0.1, "Share of samples trained without their class, for guidance.", interval="[0, 1)"
+    )
+
+    # Optimisation
+    train_batch_size: int = option(32, "Images per device at once.", interval="[1, inf)", free=True)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one optimizer step.", interval="[1, inf)", free=True
+    )
+    max_train_steps: int = option(400_000, "Optimizer steps of the run.", interval="[1, inf)")
+    learning_rate: float = option(1e-4, "Learning rate after the warm-up.", interval="(0, inf)")
+    lr_scheduler: str = option(
+        "constant_with_warmup",
+        "Learning-rate schedule.",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_warmup_steps: int = option(0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, inf)")
+    adam_beta1: float = option(0.9, "AdamW's decay of the first moment.", interval="[0, 1)")
+    adam_beta2: float = option(0.999, "AdamW's decay of the second moment.", interval="[0, 1)")
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay.", interval="[0, inf)")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", interval="(0, inf)")
+    max_grad_norm: float | None = option(
+        1.0, "Gradients are scaled down to this norm; None: never.", interval="(0, inf)"
+    )
+    ema_decay: float | None = option(
+        None, "Decay of the EMA weights; None: half-life of 5 % of the run.", interval="[0, 1)"
+    )
+    mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
+    allow_tf32: bool = option(True, "Let NVIDIA GPUs round float32 matrix products to TF32.")
+    seed: int = option(0, "Seed of everything random.", interval="[0, 2^63)")
+
+    # Samples during training, samples and score after it
+    validation_steps: int | None = option(
+        None, "Generate a grid of images every so many steps; None: never.", interval="[1, inf)", free=True
+    )
+    validation_class_labels: list[str] = option([], "Its classes, names or ids; empty: the first 10.", free=True)
+    num_validation_images: int = option(8, "Images per class in the grid.", interval="[1, inf)", free=True)
+    guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", interval="[1, inf)", free=True)
+    sampler: str | None = option(None, "Of grid and score; None: DDIM.", choices=SAMPLERS, free=True)
+    num_inference_steps: int = option(50, "Solver steps of grid and score.", interval="[1, inf)", free=True)
+    num_score_images: int | None = option(
+        None, "Score the result with so many images; None: no score.", interval="[2, inf)", free=True
+    )
+    score_reference: str = option(
+        EMBEDDED, "What they are held against: 'embedded', or a file of make_reference_statistics.py.", free=True
+    )
+    feature_extractor: str = option(
+        FASHION_MNIST, "What they are seen with: fashion_mnist, or module:attribute as for evaluate.py.", free=True
+    )
+
+    # Output
+    output_dir: str = option("runs/dit_speed", "Folder of the run.", free=True)
+    overwrite_output_dir: bool = option(False, "Delete the run that the folder holds.", free=True)
+    logging_steps: int = option(50, "Log every so many steps.", interval="[1, inf)", free=True)
+    report_to: list[str] = option(["tensorboard"], "Trackers by name; empty: metrics.jsonl only.", free=True)
+    tracker_project_name: str = option("speed_diffusers", "Project name in the trackers.", free=True)
+    checkpointing_steps: int | None = option(
+        5000, "Save the state every so many steps; None: at the end.", interval="[1, inf)", free=True
+    )
+    checkpoints_total_limit: int | None = option(
+        None, "Keep the newest so many; None: all.", interval="[1, inf)", free=True
+    )
+    resume_from_checkpoint: str | None = option(None, "'latest' or the folder of a checkpoint.", free=True)
+    allow_config_changes: bool = option(False, "Resume although options that matter have changed.", free=True)
+    dry_run: bool = option(False, "Check everything, print the plan, write nothing.", free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta_start > self.beta_end:
+            raise InputError(
+                f"beta_start={self.beta_start} beta_end={self.beta_end}: must be in order, and beta_end below 1."
+            )
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise InputError(
+                f"lr_warmup_steps={self.lr_warmup_steps}: lr_scheduler=constant has none; take constant_with_warmup."
+            )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise InputError(f"learning_rate={self.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
+        if self.num_inference_steps > self.num_train_timesteps:
+            raise InputError(
+                f"num_inference_steps={self.num_inference_steps}: at most "
+                f"num_train_timesteps={self.num_train_timesteps}."
+            )
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """The options of SpeeD, as keywords of a scheduler."""
+        return {key: getattr(self, key) for key in SPEED_KEYS}
+
+
+def trainer_options(config: TrainConfig) -> TrainConfig:
+    """The trainer's own options out of those of a script that has some more."""
+    return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})

@@ -1,0 +1,217 @@
+"""The parts of a run, each made and checked from the options alone."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKL
+
+from ..data.batch_sampler import BatchLayout
+from ..data.images import ImageSource, open_images
+from ..data.latents import check_resolution
+from ..errors import InputError
+from ..generation.pretrained import load_transformer, prediction_type_of
+from ..models import NULL_CLASS, TrainableDiT, build_dit, dit_config
+from ..predictions import FLOW_PREDICTION
+from ..randomness import keyed_generator
+from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
+from ..variance import LEARNED_RANGE, LearnedVariance
+from .checkpoints import read_state
+from .config import TrainConfig
+from .run import TrainingScheduler
+from .run_folder import LOGGING_FOLDER
+
+
+def open_data(config: TrainConfig) -> ImageSource:
+    """The images to train on.
+
+    Raises:
+        InputError: There are none, or they cannot be read.
+    """
+    return open_images(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        split=config.dataset_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision,
+        max_train_samples=config.max_train_samples,
+    )
+
+
+ONLY_DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "variance_type")
+"""Options that a flow knows nothing of."""
+
+
+def make_scheduler(config: TrainConfig) -> TrainingScheduler:
+    """The noise schedule with SpeeD.
+
+    Raises:
+        InputError: A `speed_` value is outside its range or does not fit the schedule, or an option has no effect.
+    """
+    if config.prediction_type != FLOW_PREDICTION:
+        if config.flow_shift != 1.0:
+            raise InputError(f"flow_shift={config.flow_shift}: only prediction_type=flow_prediction knows it.")
+        diffusion: TrainingScheduler = SpeeDDDPMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=config.beta_schedule,
+            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+            prediction_type=config.prediction_type,
+            variance_type=config.variance_type,
+            clip_sample=False,
+            **config.speed,
+        )
+        return diffusion
+    defaults = TrainConfig()
+    for name in ONLY_DIFFUSION:
+        if getattr(config, name) != getattr(defaults, name):
+            raise InputError(f"{name}={getattr(config, name)}: prediction_type=flow_prediction does not know it.")
+    flow: TrainingScheduler = SpeeDFlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config.num_train_timesteps, shift=config.flow_shift, **config.speed
+    )
+    return flow
+
+
+def make_learned_variance(
+    config: TrainConfig, scheduler: TrainingScheduler, device: torch.device
+) -> LearnedVariance | None:
+    """The variance term of the loss, or None where the network predicts no variance.
+
+    Raises:
+        InputError: The schedule and the prediction type allow none, or there is nothing to weigh.
+    """
+    if config.variance_type != LEARNED_RANGE:
+        if config.weight_variance_loss:
+            raise InputError("weight_variance_loss=true, but only variance_type=learned_range has a variance term.")
+        return None
+    assert isinstance(scheduler, SpeeDDDPMScheduler)  # a flow with a learned variance is no scheduler at all
+    return LearnedVariance.from_scheduler(
+        scheduler,
+        prediction_type=config.prediction_type,
+        weighted=config.weight_variance_loss,
+        device=device,
+    )
+
+
+def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> TrainableDiT:
+    """The transformer in training form, new or pretrained.
+
+    Raises:
+        InputError: It does not fit the images, their classes or the autoencoder.
+    """
+    side = check_resolution(config.resolution, vae)
+    channels = int(vae.config["latent_channels"])
+    out_channels = 2 * channels if config.variance_type == LEARNED_RANGE else channels
+    num_classes = config.num_classes if config.num_classes is not None else source.num_classes
+    if source.num_classes > num_classes:
+        raise InputError(
+            f"num_classes={num_classes}: the data has {source.num_classes} classes, with ids up to "
+            f"{source.num_classes - 1}; allowed: at least {source.num_classes}, or None."
+        )
+    if config.pretrained_model_name_or_path is None:
+        architecture = dit_config(
+            config.model, sample_size=side, in_channels=channels, out_channels=out_channels, num_classes=num_classes
+        )
+        core = build_dit(architecture, keyed_generator(config.seed, "weights", 0), tie_embedders=config.tie_embedders)
+    else:
+        transformer = load_transformer(config.pretrained_model_name_or_path, revision=config.revision)
+        found = transformer.config
+        for name, needed in (("sample_size", side), ("in_channels", channels), ("out_channels", out_channels)):
+            if found[name] != needed:
+                raise InputError(
+                    f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its {name} is "
+                    f"{found[name]}, but resolution={config.resolution}, variance_type={config.variance_type} and the "
+                    f"VAE need {needed}."
+                )
+        rows = found["num_embeds_ada_norm"]
+        if rows < max(num_classes, NULL_CLASS):
+            raise InputError(
+                f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its label table has "
+                f"num_embeds_ada_norm={rows}; at least {max(num_classes, NULL_CLASS)} are needed."
+            )
+        predicted = prediction_type_of(config.pretrained_model_name_or_path, revision=config.revision)
+        if predicted not in (None, config.prediction_type):
+            raise InputError(
+                f"prediction_type={config.prediction_type}, but {config.pretrained_model_name_or_path} was trained "
+                f"with {predicted}."
+            )
+        core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
+    if config.gradient_checkpointing:
+        core.transformer.enable_gradient_checkpointing()
+    return core.train()
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for devices, processes, precision and trackers; never for accumulation, loaders or checkpoints.
+
+    Raises:
+        InputError: The launcher asks for what would not happen: fp16, or more processes than accelerate sees.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGGING_FOLDER)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError("DeepSpeed is not supported; to shard a model take accelerate_configs/fsdp2.yaml.")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"WORLD_SIZE={launched}, but accelerate runs {accelerator.num_processes} process(es); on CPUs launch "
+            f"with: torchrun --nproc_per_node {launched}"
+        )
+    return accelerator
+
+
+def check_same_step(accelerator: Accelerator, checkpoint: Path | None) -> None:
+    """Makes sure that all processes go on from the same checkpoint.
+
+    Raises:
+        InputError: They do not: the machines of the run see different folders.
+    """
+    step = read_state(checkpoint)["step"] if checkpoint is not None else 0
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise InputError(f"The processes found checkpoints of different steps ({steps}); output_dir must be shared.")
+
+
+def make_layout(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> BatchLayout:
+    """How a global batch is split; a resumed run keeps its global batch by accumulating more or less.
+
+    Raises:
+        InputError: The global batch of the checkpoint is no multiple of what the processes take at once.
+    """
+    accumulation = config.gradient_accumulation_steps
+    at_once = config.train_batch_size * accelerator.num_processes
+    if checkpoint is not None:
+        kept = read_state(checkpoint)["global_batch"]
+        if kept % at_once:
+            raise InputError(
+                f"train_batch_size={config.train_batch_size} x {accelerator.num_processes} process(es) = {at_once} "
+                f"does not divide the global batch of {kept} that {checkpoint} was trained with."
+            )
+        accumulation = kept // at_once
+    return BatchLayout(config.train_batch_size, accelerator.num_processes, accelerator.process_index, accumulation)
+
+
+def set_learning_rate(lr_scheduler: Any, step: int) -> None:
+    """Puts a schedule to a step: the rate is a function of it, so nothing else needs to be restored."""
+    lr_scheduler.last_epoch = step
+    rates = [base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates

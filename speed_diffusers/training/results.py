@@ -1,0 +1,219 @@
+"""What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+
+from ..assets import EMBEDDED
+from ..config.load import config_dict
+from ..error_bins import ErrorHistory
+from ..errors import InputError
+from ..generation.export import add_to_sidecar, embedding_row_names, inference_pipeline, save_pipeline
+from ..generation.generate import GenerationSettings, choose_classes, class_samples
+from ..metrics import load_extractor, load_reference
+from ..metrics.score import ScoreSettings, check_measurable, score_pipeline
+from ..metrics.score_record import save_score
+from ..models import export_transformer
+from ..reports.plots import mosaic, save_class_grid, save_error_map
+from ..reports.strategy_report import describe_run
+from ..reports.training_cost import TrainingCost
+from ..variance import LEARNED_RANGE
+from ..version import __version__
+from .checkpoint_folders import prune_checkpoints
+from .checkpoints import full_tensors, save_checkpoint
+from .config import TrainConfig
+from .profiling import labelled
+from .run import Inputs, TrainingRun
+from .run_folder import (
+    ERRORS_FILE,
+    METRICS_FILE,
+    PIPELINE_FOLDER,
+    SAMPLES_FILE,
+    SCORES_FOLDER,
+    VALIDATION_FOLDER,
+    repeatable,
+)
+from .tracking import read_metrics
+
+PRIVATE_OPTIONS = ("train_data_dir", "cache_dir", "output_dir")
+"""Paths of the machine that trained, which have no business in a released pipeline."""
+
+
+def describe_plan(inputs: Inputs) -> str:
+    """The run in a few lines: model, data, steps, and where SpeeD draws its timesteps."""
+    config, layout, core = inputs.config, inputs.layout, inputs.core
+    tables = inputs.scheduler.speed_tables
+    parameters = sum(parameter.numel() for parameter in core.parameters())
+    shape: Any = core.transformer.config
+    epochs = config.max_train_steps * layout.global_batch / len(inputs.source)
+    areas = vars(inputs.scheduler.speed_areas).items()
+    shares = ", ".join(
+        f"{name} [{area.start}, {area.stop}) {float(tables.pmf[area.start : area.stop].sum()):.1%}"
+        for name, area in areas
+    )
+    side = shape.sample_size
+    lines = {
+        "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{side}x{side}",
+        "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
+        "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
+        f"{layout.per_device} a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
+        "speed": "{speed_sampling} sampling, {speed_weighting} weighting".format(**config.speed),
+        "target": config.prediction_type + (", learned variance" if config.variance_type == LEARNED_RANGE else ""),
+        "draws": shares,
+        "output": config.output_dir,
+    }
+    return "\n".join(f"{name:>7}: {text}" for name, text in lines.items())
+
+
+def describe_costs(inputs: Inputs) -> str:
+    """What the run's strategy draws and weighs, and what the run costs, as `plan.py` tells it."""
+    config, core = inputs.config, inputs.core
+    cost = TrainingCost(
+        config=core.transformer.config,
+        num_parameters=sum(parameter.numel() for parameter in core.parameters()),
+        global_batch=inputs.layout.global_batch,
+        max_train_steps=config.max_train_steps,
+        num_images=len(inputs.source),
+        random_flip=config.random_flip,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    return describe_run(inputs.scheduler, cost)
+
+
+def tracker_config(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as trackers take it: no lists, no None."""
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in config_dict(config).items()
+    }
+
+
+@labelled("checkpoint")
+def save_state(run: TrainingRun, step: int) -> None:
+    """Saves a checkpoint, then deletes those beyond the limit."""
+    save_checkpoint(
+        run.output_dir,
+        step=step,
+        model=run.core,
+        ema=run.ema,
+        optimizer=run.optimizer.optimizer,
+        state={
+            "config": config_dict(run.config),
+            "global_batch": run.layout.global_batch,
+            "seconds": run.seconds,
+            **run.identity,
+            "version": __version__,
+        },
+        is_main_process=run.accelerator.is_main_process,
+        learned=None if run.feedback is None else run.feedback.state_dict(run.summed),
+    )
+    if run.accelerator.is_main_process:
+        prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
+    run.accelerator.wait_for_everyone()
+
+
+@labelled("validation")
+def save_validation_grid(run: TrainingRun, step: int) -> None:
+    """Draws the same noise and classes as ever with the averaged weights, to a PNG and TensorBoard."""
+    pipeline = averaged_pipeline(run)
+    if run.accelerator.is_main_process:
+        folder = run.output_dir / VALIDATION_FOLDER
+        folder.mkdir(exist_ok=True)
+        draw_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
+    run.accelerator.wait_for_everyone()
+
+
+def save_results(run: TrainingRun) -> None:
+    """Exports the averaged weights as a plain pipeline and draws `samples.png` with it."""
+    began = time.perf_counter()
+    pipeline = averaged_pipeline(run)
+    if run.accelerator.is_main_process:
+        settings = config_dict(repeatable(run.config, run.layout.accumulation))
+        shared = {key: value for key, value in settings.items() if key not in PRIVATE_OPTIONS}
+        sidecar = {"speed_diffusers": __version__, "training_config": shared}
+        save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
+        config = run.config
+        title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
+        draw_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+        records = read_metrics(run.output_dir / METRICS_FILE)
+        history = ErrorHistory.from_records(records, config.num_train_timesteps)
+        title = f"{config.model}, {config.prediction_type}: error by timestep"
+        save_error_map(history, run.scheduler.speed_areas, title, run.output_dir / ERRORS_FILE)
+        print(
+            f"Saved {run.output_dir / PIPELINE_FOLDER} and {run.output_dir / SAMPLES_FILE} "
+            f"in {time.perf_counter() - began:.0f} s."
+        )
+        if config.num_score_images is not None:
+            save_final_score(run, pipeline)
+    run.accelerator.wait_for_everyone()
+
+
+def score_settings(config: TrainConfig, device: torch.device) -> ScoreSettings:
+    """How a run is scored at its end: without guidance, all classes in turn.
+
+    Raises:
+        InputError: No such extractor or reference, or they do not fit the images of the run.
+    """
+    if config.score_reference == EMBEDDED and config.dataset_name != EMBEDDED:
+        raise InputError(
+            f"num_score_images={config.num_score_images}: score_reference=embedded is of Fashion-MNIST, not of "
+            "these images; give a file of make_reference_statistics.py, or num_score_images=None for no score."
+        )
+    settings = ScoreSettings(
+        num_images=config.num_score_images or 2,
+        batch_size=config.vae_batch_size,
+        sampler=config.sampler,
+        num_inference_steps=config.num_inference_steps,
+        extractor=load_extractor(config.feature_extractor, device=device),
+        reference=load_reference(config.score_reference),
+    )
+    check_measurable(settings, config.resolution)
+    return settings
+
+
+def save_final_score(run: TrainingRun, pipeline: DiTPipeline) -> None:
+    """Scores the result: to `scores/`, into the pipeline's sidecar file, to the trackers and to the screen."""
+    step = run.config.max_train_steps
+    score = score_pipeline(pipeline, score_settings(run.config, run.accelerator.device))
+    images_seen = step * run.layout.global_batch
+    save_score(score, run.output_dir / SCORES_FOLDER, step=step, images_seen=images_seen, seconds=run.seconds)
+    add_to_sidecar(run.output_dir / PIPELINE_FOLDER, {"score": score.to_dict()})
+    numbers = {name: value for name, value in score.values.items() if value is not None}
+    run.accelerator.log({f"score/{name}": value for name, value in numbers.items()}, step=step)
+    words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+    print(f"Score: {words} ({score.protocol.in_words()}).")
+
+
+def averaged_pipeline(run: TrainingRun) -> DiTPipeline:
+    """A stock pipeline with the averaged weights; every process must call it."""
+    transformer = export_transformer(run.core.transformer.config, full_tensors(run.ema.state_dict()))
+    names = run.source.label_names
+    pipeline = inference_pipeline(transformer, run.vae, run.scheduler, names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(run.accelerator.device)
+
+
+def draw_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, step: int) -> None:
+    """One row of samples a class."""
+    config = run.config
+    rows = choose_classes(config.validation_class_labels, embedding_row_names(run.source.label_names))
+    images = class_samples(
+        pipeline,
+        list(rows),
+        config.num_validation_images,
+        GenerationSettings(
+            guidance_scale=config.guidance_scale,
+            sampler=config.sampler,
+            num_inference_steps=config.num_inference_steps,
+            seed=config.seed,
+            batch_size=config.vae_batch_size,
+        ),
+    )
+    save_class_grid(images, list(rows.values()), title, path)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            sheet = mosaic(images, config.num_validation_images)
+            tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")

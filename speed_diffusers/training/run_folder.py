@@ -1,0 +1,135 @@
+"""The folder of a run: what it may be, whether a run may go on in it, and what is put there first."""
+
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..config.load import config_dict, load_config, save_config
+from ..errors import InputError
+from ..files import check_writable
+from .checkpoint_folders import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
+from .checkpoints import read_state
+from .config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.png"
+ERRORS_FILE = "error_by_timestep.png"
+PIPELINE_FOLDER = "pipeline"
+LOCK_FILE = ".lock"
+VALIDATION_FOLDER = "validation"
+LOGGING_FOLDER = "logs"
+SCORES_FOLDER = "scores"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def load_run_config(folder: Path) -> TrainConfig:
+    """The options of the run in a folder.
+
+    Raises:
+        InputError: There is none, or its configuration cannot be read.
+    """
+    if not is_run(folder):
+        raise InputError(f"{folder} is no run: there is no {CONFIG_FILE} in it.")
+    return load_config(TrainConfig, [f"config={(folder / CONFIG_FILE).resolve()}"], folder)
+
+
+def check_output_dir(config: TrainConfig) -> Path | None:
+    """Makes sure that the folder can be written and that no earlier run is overwritten by accident.
+
+    Returns:
+        The checkpoint to go on from, or None to begin at step 0.
+
+    Raises:
+        InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good.
+    """
+    folder = Path(config.output_dir)
+    check_writable("output_dir", folder)
+    checkpoint, goes_on = None, config.resume_from_checkpoint == "latest"
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+        goes_on = goes_on or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve())
+    if is_run(folder) and not (goes_on or config.overwrite_output_dir or config.dry_run):
+        raise InputError(
+            f"output_dir={folder} holds a run already: go on with resume_from_checkpoint=latest, take another "
+            "output_dir, or delete that run with overwrite_output_dir=true."
+        )
+    return checkpoint
+
+
+def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[str, Any]) -> None:
+    """Makes sure that a resumed run computes what the interrupted one would have.
+
+    Args:
+        config: Options of the resumed run.
+        checkpoint: Where it goes on from.
+        current: What else must be as it was, by the names under which the checkpoint's state has it.
+
+    Raises:
+        InputError: Options that matter, or the data, differ; the message lists old and new values.
+    """
+    state = read_state(checkpoint)
+    # An option that the checkpoint does not know yet was not there to differ: it had what is its default now.
+    before = {field.name: field.default for field in fields(TrainConfig)} | state["config"]
+    free = {field.name for field in fields(TrainConfig) if field.metadata["free"]}
+    changes = [
+        f"{name}: {before[name]} -> {value}"
+        for name, value in config_dict(config).items()
+        if name not in free and before[name] != value
+    ]
+    changes += [name.replace("_", " ") for name, value in current.items() if state[name] != value]
+    if changes and not config.allow_config_changes:
+        raise InputError(
+            f"{checkpoint} was made with other options ({'; '.join(changes)}); set them back, or resume all the same "
+            "with allow_config_changes=true."
+        )
+
+
+def repeatable(config: TrainConfig, accumulation: int) -> TrainConfig:
+    """The configuration that makes the same run again: without what was meant for one start only."""
+    return replace(
+        config,
+        gradient_accumulation_steps=accumulation,
+        resume_from_checkpoint=None,
+        overwrite_output_dir=False,
+        allow_config_changes=False,
+    )
+
+
+def open_output_dir(config: TrainConfig, accumulation: int, checkpoint: Path | None) -> FileLock:
+    """Makes the folder, locks it for this run, and saves the resolved configuration in it; main process only.
+
+    Raises:
+        InputError: Another process writes to the folder.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"output_dir={folder} is being written by another process.") from error
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if config.overwrite_output_dir and not goes_on:
+        _delete_run(folder)
+    if checkpoint is not None:
+        set_aside_later_checkpoints(folder, read_state(checkpoint)["step"])
+    save_config(repeatable(config, accumulation), folder / CONFIG_FILE)
+    return lock
+
+
+def _delete_run(folder: Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in its folder."""
+    for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER, SCORES_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)

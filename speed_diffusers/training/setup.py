@@ -1,0 +1,204 @@
+"""What the training script needs before its loop: every check, then every part, then the folder of the run."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.batch_sampler import BatchOrder
+from ..data.images import ImageDataset, collate
+from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
+from ..generation.export import embedding_row_names
+from ..generation.generate import choose_classes
+from ..generation.pretrained import load_vae
+from .checkpoints import load_checkpoint, load_learned, read_state
+from .config import TrainConfig
+from .ema import ExponentialMovingAverage, fitted_decay
+from .feedback import ErrorFeedback
+from .guard import NonFiniteGuard
+from .parts import (
+    check_same_step,
+    make_accelerator,
+    make_layout,
+    make_learned_variance,
+    make_model,
+    make_scheduler,
+    open_data,
+    set_learning_rate,
+)
+from .results import score_settings, tracker_config
+from .run import Inputs, TrainingRun
+from .run_folder import check_output_dir, check_resumed_config, open_output_dir
+from .tracking import check_trackers
+
+LOCAL_TRACKERS = ("tensorboard",)
+"""Trackers that write to the folder of the run and nowhere else."""
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Opens and checks all that a run needs.
+
+    Raises:
+        InputError: Anything a user can mend; nothing has been written.
+    """
+    check_trackers(config.report_to)
+    scheduler = make_scheduler(config)
+    make_learned_variance(config, scheduler, torch.device("cpu"))
+    checkpoint = check_output_dir(config)
+    source = open_data(config)
+    choose_classes(config.validation_class_labels, embedding_row_names(source.label_names))
+    vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
+    core = make_model(config, source, vae)
+    if config.num_score_images is not None:
+        score_settings(config, torch.device("cpu"))
+    accelerator = make_accelerator(config)
+    layout = make_layout(config, accelerator, checkpoint)
+    check_same_step(accelerator, checkpoint)
+    identity = {
+        "data_signature": source.signature(),
+        "vae_fingerprint": vae_fingerprint(vae),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if checkpoint is not None:
+        check_resumed_config(config, checkpoint, identity)
+    return Inputs(config, accelerator, scheduler, source, vae, core, layout, checkpoint, identity)
+
+
+def start_run(inputs: Inputs) -> TrainingRun:
+    """Builds every part of a run, restores its checkpoint, and, last of all, makes its folder."""
+    config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
+    dataset = make_dataset(inputs)
+    adamw = torch.optim.AdamW(
+        inputs.core.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(inputs.core, adamw)
+    core = accelerator.unwrap_model(model)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer.optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
+    ema = ExponentialMovingAverage(core, decay)
+    first_step, seconds = 0, 0.0
+    if inputs.checkpoint is not None:
+        load_checkpoint(inputs.checkpoint, model=core, ema=ema, optimizer=optimizer.optimizer)
+        state = read_state(inputs.checkpoint)
+        first_step, seconds = state["step"], state.get("seconds", 0.0)
+        set_learning_rate(lr_scheduler, first_step)
+    scheduler = inputs.scheduler
+    feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
+    if feedback is not None and inputs.checkpoint is not None:
+        feedback.load_state_dict(load_learned(inputs.checkpoint), is_main_process=accelerator.is_main_process)
+    lock = open_output_dir(config, layout.accumulation, inputs.checkpoint) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    return TrainingRun(
+        config=config,
+        accelerator=accelerator,
+        scheduler=scheduler,
+        learned_variance=make_learned_variance(config, scheduler, accelerator.device),
+        feedback=feedback,
+        source=inputs.source,
+        vae=inputs.vae,
+        core=core,
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        ema=ema,
+        guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
+        layout=layout,
+        loader=make_loader(inputs, dataset, first_step),
+        first_step=first_step,
+        seconds=seconds,
+        identity=inputs.identity,
+        lock=lock,
+    )
+
+
+def make_loader(
+    inputs: Inputs, dataset: LatentDataset | ImageDataset, first_step: int
+) -> DataLoader[dict[str, Tensor]]:
+    """Batches of this process from an optimizer step on; their order is a function of the step."""
+    config = inputs.config
+    return DataLoader(
+        dataset,
+        batch_sampler=BatchOrder(
+            len(inputs.source),
+            inputs.layout,
+            seed=config.seed,
+            first_step=first_step,
+            max_steps=config.max_train_steps,
+        ),
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        # A forked worker of a process with threads can deadlock.
+        multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
+        pin_memory=inputs.accelerator.device.type == "cuda",
+        # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
+        generator=torch.Generator(),
+    )
+
+
+def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
+    """Cached latents, or images where the cache is off; a lock lets one process of each machine fill the cache.
+
+    Not by a barrier between processes: encoding a large set takes longer than a process group waits.
+    """
+    config, accelerator = inputs.config, inputs.accelerator
+    if not config.cache_latents:
+        inputs.vae.to(accelerator.device)
+        return ImageDataset(inputs.source, resolution=config.resolution, center_crop=config.center_crop)
+    return cache_latents(
+        inputs.source,
+        inputs.vae,
+        vae_fingerprint=inputs.identity["vae_fingerprint"],
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        batch_size=config.vae_batch_size,
+        device=accelerator.device,
+        cache_dir=config.cache_dir,
+    )
+
+
+@contextmanager
+def temporary_run(
+    config: TrainConfig, *, steps: int, change: Callable[[Inputs], Inputs] = lambda inputs: inputs
+) -> Iterator[TrainingRun]:
+    """A run that can take `steps` steps and leaves nothing behind but cached latents, for those who measure steps.
+
+    Args:
+        config: Options of the trainer. The folder of the run is a temporary one, its length is `steps`, and trackers
+            that write elsewhere are left out.
+        steps: Optimizer steps that `training_steps` can take.
+        change: Replaces parts of the run before it starts.
+
+    Raises:
+        InputError: As `check_inputs`.
+    """
+    with tempfile.TemporaryDirectory(prefix="speed-diffusers-") as folder:
+        config = replace(
+            config,
+            output_dir=folder,
+            max_train_steps=steps,
+            report_to=[name for name in config.report_to if name in LOCAL_TRACKERS],
+            resume_from_checkpoint=None,
+            overwrite_output_dir=False,
+        )
+        run = start_run(change(check_inputs(config)))
+        run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
+        try:
+            yield run
+        finally:
+            run.close()

@@ -1,0 +1,181 @@
+"""What `evaluate.py` scores: pipelines, and the checkpoints of runs put back into pipelines."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from diffusers import DiTPipeline
+from safetensors.torch import load_file
+
+from ..assets import EMBEDDED, EMBEDDED_PIPELINE
+from ..errors import InputError
+from ..generation.export import SIDECAR, inference_pipeline
+from ..generation.pretrained import load_pipeline, load_vae
+from ..models import export_transformer
+from .checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
+from .checkpoints import read_state
+from .parts import make_model, make_scheduler, open_data
+from .run_folder import METRICS_FILE, PIPELINE_FOLDER, SCORES_FOLDER, is_run, load_run_config
+from .tracking import read_metrics
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = {"ema": EMA, "model": MODEL}
+"""What a checkpoint holds, by the names under which protocols have it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a run: its last pipeline, or a checkpoint; all None for a pipeline that says nothing of its past."""
+
+    checkpoint: Path | None
+    step: int | None
+    images_seen: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelToScore:
+    """A pipeline or a run, with what of it is to be scored."""
+
+    name: str
+    """As the user gave it."""
+    scores_dir: Path
+    places: list[Place]
+
+    def base(self) -> DiTPipeline:
+        """A pipeline whose transformer may have to be replaced: the run's, or one made from its configuration."""
+        folder = Path(self.name)
+        if self.name != EMBEDDED and is_run(folder) and not _has_pipeline(folder):
+            return pipeline_of_config(folder)
+        pipeline: DiTPipeline = load_pipeline(self.name)
+        return pipeline
+
+
+def find_models(names: list[str], *, checkpoints: bool, weights: str, output_dir: Path | None) -> list[ModelToScore]:
+    """Finds what is to be scored, and where its scores go.
+
+    Args:
+        names: Run folders, pipeline folders, Hub ids or "embedded".
+        checkpoints: Score every checkpoint of each run too.
+        weights: Which weights of the checkpoints.
+        output_dir: Where a folder of scores is made for each model; None: in the run's own, or in `./scores`.
+
+    Raises:
+        InputError: A name is given twice, or a run has nothing to score.
+    """
+    if not names:
+        raise InputError("models is empty: give run folders, pipeline folders, Hub ids or 'embedded'.")
+    models: dict[Path, ModelToScore] = {}
+    for name in names:
+        folder = Path(name)
+        has_run = name != EMBEDDED and is_run(folder)
+        if has_run and output_dir is None:
+            scores_dir = folder / SCORES_FOLDER
+        else:
+            scores_dir = (output_dir or Path(SCORES_FOLDER)) / re.sub(r"[^\w.-]+", "_", name.strip("/."))
+        if scores_dir in models:
+            raise InputError(f"models={name} and {models[scores_dir].name} would share the scores in {scores_dir}.")
+        places = run_places(folder, checkpoints=checkpoints, weights=weights) if has_run else [pipeline_place(name)]
+        if weights != "ema" and not has_run:
+            raise InputError(f"weights={weights}: {name} is a pipeline, which holds averaged weights (weights=ema).")
+        models[scores_dir] = ModelToScore(name, scores_dir, places)
+    return list(models.values())
+
+
+def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
+    """What of a run is to be scored, by step; damaged checkpoints are passed over with a warning.
+
+    Raises:
+        InputError: Nothing is.
+    """
+    found = list_checkpoints(folder)
+    logged = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    timed = [line for line in logged if "seconds" in line]
+    global_batch = global_batch_of(found)
+
+    def place(checkpoint: Path | None, step: int) -> Place:
+        # Not every step is logged.
+        steps, times = ([0.0, *(line[key] for line in timed)] for key in ("step", "seconds"))
+        seconds = float(np.interp(float(step), steps, times)) if timed else None
+        return Place(checkpoint, step, None if global_batch is None else step * global_batch, seconds)
+
+    places: dict[int, Place] = {}
+    if _has_pipeline(folder) and weights == "ema":
+        end = pipeline_place(str(folder))
+        places[-1 if end.step is None else end.step] = end if end.step is None else place(None, end.step)
+    for path in found if checkpoints else []:
+        if problem := _problem_of(path, WEIGHTS[weights]):
+            logger.warning("Passing over a damaged checkpoint: %s", problem)
+        else:
+            # The pipeline at the end holds the same weights as the last checkpoint.
+            step = int(path.name.removeprefix("checkpoint-"))
+            places[step] = place(path, step)
+    if not places:
+        what = "whole checkpoint" if checkpoints else "pipeline"
+        hint = "" if checkpoints or not found else "; checkpoints=true scores its checkpoints"
+        raise InputError(f"models={folder}: the run has no {what} with weights={weights}{hint}.")
+    return [places[step] for step in sorted(places)]
+
+
+def global_batch_of(checkpoints: list[Path]) -> int | None:
+    """Images an optimizer step, which a run keeps; None if no checkpoint tells."""
+    for checkpoint in checkpoints:
+        try:
+            return int(read_state(checkpoint)["global_batch"])
+        except (OSError, ValueError, KeyError):
+            logger.warning("Passing over a damaged checkpoint: %s", checkpoint)
+    return None
+
+
+def pipeline_place(name: str) -> Place:
+    """The step that a pipeline's sidecar file tells; None where it has none."""
+    folder = EMBEDDED_PIPELINE if name == EMBEDDED else Path(name)
+    for sidecar in (folder / PIPELINE_FOLDER / SIDECAR, folder / SIDECAR):
+        if sidecar.is_file():
+            try:
+                return Place(None, int(json.loads(sidecar.read_text())["training_config"]["max_train_steps"]))
+            except (ValueError, KeyError, TypeError):
+                break  # of another version, or by another hand
+    return Place(None, None)
+
+
+def pipeline_of_config(folder: Path) -> DiTPipeline:
+    """The pipeline that a run will leave, with untrained weights, from its saved configuration and its data."""
+    config = load_run_config(folder)
+    source = open_data(config)
+    vae = load_vae(config.pretrained_vae_model_name_or_path).eval()
+    core = make_model(config, source, vae)
+    transformer = export_transformer(core.transformer.config, core.state_dict())
+    return inference_pipeline(transformer, vae, make_scheduler(config), source.label_names)
+
+
+def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:
+    """Replaces a pipeline's transformer by that of a checkpoint.
+
+    Raises:
+        InputError: The checkpoint is of another model.
+    """
+    state = load_file(checkpoint / WEIGHTS[weights])
+    try:
+        transformer = export_transformer(pipeline.transformer.config, state)
+    except RuntimeError as error:
+        raise InputError(f"{checkpoint} is a checkpoint of another model than its run's.") from error
+    cast(Any, pipeline).register_modules(transformer=transformer)
+
+
+def _has_pipeline(folder: Path) -> bool:
+    return (folder / PIPELINE_FOLDER / "model_index.json").is_file()
+
+
+def _problem_of(checkpoint: Path, name: str) -> str | None:
+    """What is wrong with one file of a checkpoint, in words, or None."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        return None if digest(checkpoint / name) == manifest[name] else f"{checkpoint / name} does not match its hash."
+    except (OSError, ValueError, KeyError) as error:
+        return f"{checkpoint}: {type(error).__name__}: {error}"

@@ -1,0 +1,123 @@
+"""What the training loop says while it runs: progress bar, `metrics.jsonl`, trackers, and the time it has taken."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+
+from ..error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
+from .profiling import labelled
+from .run import TrainingRun
+from .run_folder import METRICS_FILE
+from .step import TrainedStep
+from .tracking import MetricsFile
+
+
+class StepLog:
+    """Progress bar, `metrics.jsonl` and trackers; asks the device for numbers at logging steps only."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+        is_main = run.accelerator.is_main_process
+        self.metrics = MetricsFile(run.output_dir / METRICS_FILE, run.first_step) if is_main else None
+        self.progress = tqdm(
+            total=run.config.max_train_steps,
+            initial=run.first_step,
+            desc="Training",
+            unit="step",
+            disable=not is_main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        device = run.accelerator.device
+        # Loss, error without weight, variance term.
+        self.sums = torch.zeros(3, device=device)
+        self.bins = ErrorBins(run.config.num_train_timesteps, device)
+        self._marked = time.perf_counter()
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.sums.zero_()
+        self.bins.reset()
+        self.micro_steps = 0
+        self.steps = 0
+        self._seconds_then = self.run.seconds
+
+    def _mark(self) -> None:
+        """Counts the time since the last mark as training."""
+        now = time.perf_counter()
+        self.run.seconds += now - self._marked
+        self._marked = now
+
+    @labelled("logging")
+    def add(self, step: TrainedStep) -> None:
+        """Takes in the losses of a step without waiting for them."""
+        for micro_step in step.micro_steps:
+            result = micro_step.result
+            bits = result.squared_error.new_zeros(()) if result.variance_bits is None else result.variance_bits.mean()
+            self.sums += torch.stack((result.loss, result.squared_error.mean(), bits))
+            self.bins.add(self.run.scheduler.timestep_indices(micro_step.timesteps), result.squared_error)
+        self.micro_steps += len(step.micro_steps)
+        self.steps += 1
+        self.progress.update()
+
+    @labelled("logging")
+    def write(self, step: TrainedStep) -> None:
+        """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
+        run, done = self.run, step.done
+        self.stop_if_not_finite()
+        # One reduction and one copy to the host: means, then the bins' sums and counts.
+        totals = torch.cat((self.sums / self.micro_steps / run.accelerator.num_processes, self.bins.totals.flatten()))
+        loss, squared_error, bits, *binned = run.summed(totals).tolist()
+        self._mark()
+        images_seen = done * run.layout.global_batch
+        values = {"loss": loss, "squared_error": squared_error}
+        if run.learned_variance is not None:
+            values["variance_bits"] = bits
+        values |= {
+            "learning_rate": run.lr_scheduler.get_last_lr()[0],
+            "grad_norm": float(step.grad_norm),
+            "epoch": images_seen / len(run.source),
+            "images_seen": images_seen,
+            "images_per_second": self.steps * run.layout.global_batch / (run.seconds - self._seconds_then),
+            "seconds": run.seconds,
+        }
+        bins = len(binned) // 2
+        errors, counts = means_by_bin(binned[:bins], binned[bins:]), [int(count) for count in binned[bins:]]
+        if self.metrics is not None:
+            self.metrics.write({"step": done, **values, ERRORS_KEY: errors, SAMPLES_KEY: counts})
+        spans = zip(self.bins.edges[:-1], self.bins.edges[1:], errors, strict=True)
+        named = {f"{ERRORS_KEY}/{first:04d}-{end - 1:04d}": mean for first, end, mean in spans if mean is not None}
+        run.accelerator.log(values | named, step=done)
+        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._start_again()
+
+    def stop_if_not_finite(self) -> None:
+        """Ends a run whose gradients were not finite, before anything of it is saved.
+
+        Raises:
+            FloatingPointError: With the step.
+        """
+        failed_step = self.run.guard.failed_step()
+        if failed_step is not None:
+            self.close()
+            raise FloatingPointError(
+                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
+                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count as training."""
+        self._mark()
+        yield
+        self._marked = time.perf_counter()
+
+    def close(self, message: str | None = None) -> None:
+        """Ends the progress bar, with a last word."""
+        self.progress.close()
+        if message:
+            self.run.accelerator.print(message)

@@ -1,0 +1,314 @@
+"""The evaluation script on a tiny run: its files, that it goes on, and that it refuses before it generates."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from speed_diffusers.errors import InputError
+from speed_diffusers.files import tensors_sha256
+from speed_diffusers.generation.pretrained import load_pipeline
+from speed_diffusers.metrics import load_reference, save_statistics
+from speed_diffusers.metrics.score_record import load_scores
+from speed_diffusers.train_scripts import evaluate, make_reference_statistics, train_dit_speed
+from speed_diffusers.training.snapshots import put_weights
+
+FEW = ["num_images=8", "num_inference_steps=2", "batch_size=8"]
+QUICK = [*FEW, "metrics=frechet_distance,precision_recall"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with checkpoints at 5, 10 and 12."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    options = {
+        "train_data_dir": image_folder,
+        "dataset_name": "None",
+        "pretrained_vae_model_name_or_path": tiny_vae,
+        "cache_dir": cache_dir,
+        "output_dir": folder,
+        "model": "DiT-tiny/4",
+        "train_batch_size": 4,
+        "max_train_steps": 12,
+        "lr_warmup_steps": 2,
+        "logging_steps": 1,
+        "checkpointing_steps": 5,
+        "num_validation_images": 2,
+        "num_inference_steps": 2,
+        "report_to": "[]",
+        "num_score_images": "None",
+    }
+    train_dit_speed.main([f"{key}={value}" for key, value in options.items()])
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that run, in a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "run")
+    return Path("run")
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Numbers of images of every generation."""
+    counts: list[int] = []
+    generate = evaluate.score_pipeline.__globals__["generate"]
+
+    def counting(pipeline: Any, rows: list[int], **options: Any) -> Any:
+        counts.append(len(rows))
+        return generate(pipeline, rows, **options)
+
+    monkeypatch.setitem(evaluate.score_pipeline.__globals__, "generate", counting)
+    yield counts
+
+
+def files(folder: Path) -> list[str]:
+    """Names in a folder, without the hashes of protocols."""
+    return sorted(
+        path.name.split("-")[0] + path.name[4:12] if "-" in path.name else path.name for path in folder.iterdir()
+    )
+
+
+def without_seconds(run: Path) -> None:
+    """Takes the training time out of the run's metrics, as older runs have them."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: line[key] for key in line if key != "seconds"}) + "\n" for line in lines))
+
+
+def with_seconds(run: Path) -> None:
+    """Gives the run's metrics the training time, ten seconds a step, at every second step."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [{**line, "seconds": 10.0 * line["step"]} for line in lines if line["step"] % 2 == 0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 14, "sec')
+
+
+def test_every_checkpoint_is_scored_once_and_drawn(
+    run: Path, generated: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["models=run", "checkpoints=true", *FEW]
+    without_seconds(run)
+    evaluate.main(options)
+    assert generated == [8, 8, 8]
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()[1:4]] == ["5", "10", "12"]
+    assert "No panel by minutes of training" in printed and "8 images of 32x32 (0..1 in turn), DDIM 2 steps" in printed
+    assert files(run / "scores") == ["score_over_steps.png", "step-0000005", "step-0000010", "step-0000012"]
+    two_panels = Image.open(run / "scores" / "score_over_steps.png").width
+    records = load_scores(run / "scores")
+    assert [(each.step, each.images_seen, each.training_seconds) for each in records] == [
+        (5, 20, None),
+        (10, 40, None),
+        (12, 48, None),
+    ]
+    values = [each.score.values for each in records]
+    assert all(
+        list(each) == ["class_agreement", "frechet_distance", "kernel_distance", "precision", "recall"]
+        for each in values
+    )
+    assert {each["class_agreement"] for each in values} == {None}, "the extractor knows no cats and dogs"
+    assert len({each["frechet_distance"] for each in values}) == 3
+    protocol = records[0].score.protocol
+    assert (protocol.weights, protocol.resolution, protocol.num_reference_images) == ("ema", 32, 10_000)
+
+    with_seconds(run)
+    before = {path: path.read_bytes() for path in (run / "scores").glob("*.json")}
+    evaluate.main(options)
+    assert generated == [8, 8, 8], "scores that are there are not measured again"
+    assert before == {path: path.read_bytes() for path in (run / "scores").glob("*.json")}
+    shutil.rmtree(run / "scores")
+    evaluate.main(options)
+    assert [each.training_seconds for each in load_scores(run / "scores")] == [50.0, 100.0, 120.0]
+    assert Image.open(run / "scores" / "score_over_steps.png").width > two_panels
+
+
+def test_a_checkpoint_is_the_pipeline_it_would_have_become(run: Path) -> None:
+    base = load_pipeline(str(run))
+    exported = tensors_sha256(base.transformer.state_dict())
+    put_weights(base, run / "checkpoint-5", "ema")
+    assert tensors_sha256(base.transformer.state_dict()) != exported
+    put_weights(base, run / "checkpoint-12", "ema")
+    assert tensors_sha256(base.transformer.state_dict()) == exported
+    put_weights(base, run / "checkpoint-12", "model")
+    table = base.transformer.state_dict()["transformer_blocks.0.norm1.linear.weight"]
+    stored = load_file(run / "checkpoint-12" / "model.safetensors")
+    assert torch.equal(table, stored["transformer.transformer_blocks.0.norm1.linear.weight"])
+
+
+def test_a_run_that_is_still_training_is_scored_from_its_configuration(run: Path) -> None:
+    evaluate.main(["models=run", "checkpoints=true", "output_dir=whole", *QUICK])
+    shutil.rmtree(run / "pipeline")
+    shutil.rmtree(run / "checkpoint-12")
+    evaluate.main(["models=run", "checkpoints=true", "output_dir=part", *QUICK])
+    whole, part = load_scores(Path("whole/run")), load_scores(Path("part/run"))
+    assert [each.score for each in part] == [each.score for each in whole[:2]]
+    with pytest.raises(InputError, match=r"the run has no pipeline with weights=ema; checkpoints=true scores"):
+        evaluate.main(["models=run", *QUICK])
+
+
+def test_an_interrupted_evaluation_goes_on_and_damage_is_measured_anew(run: Path, generated: list[int]) -> None:
+    options = ["models=run", "checkpoints=true", *QUICK]
+    evaluate.main(options)
+    paths = sorted((run / "scores").glob("*.json"))
+    kept = [path.read_bytes() for path in paths]
+    paths[0].unlink()
+    paths[2].write_text("{")
+    generated.clear()
+    evaluate.main(options)
+    assert generated == [8, 8]
+    assert [load["frechet_distance"] for load in map(json.loads, kept)] == [
+        json.loads(path.read_text())["frechet_distance"] for path in paths
+    ]
+    # Another run in the same folder is another score.
+    model = load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: value * 1.1 for name, value in model.items()},
+        run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
+    generated.clear()
+    evaluate.main(["models=run", *QUICK])
+    assert generated == [8]
+
+
+def test_scores_go_with_the_run_that_is_overwritten(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    evaluate.main([f"models={tmp_path / 'old'}", *QUICK])
+    assert load_scores(tmp_path / "old" / "scores")
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    short = ["max_train_steps=1", "lr_warmup_steps=0", "overwrite_output_dir=true", f"output_dir={tmp_path / 'old'}"]
+    train_dit_speed.main([f"config={trained / 'config.yaml'}", *short])
+    assert not (tmp_path / "old" / "scores").exists()
+
+
+def test_metrics_can_be_added_later(run: Path, generated: list[int]) -> None:
+    evaluate.main(["models=run", "metrics=frechet_distance", *FEW])
+    evaluate.main(["models=run", "metrics=precision_recall", *FEW])
+    (record,) = load_scores(run / "scores")
+    assert list(record.score.values) == ["frechet_distance", "precision", "recall"] and generated == [8, 8]
+    evaluate.main(["models=run", "metrics=frechet_distance", *FEW])
+    assert generated == [8, 8]
+
+
+def test_runs_are_drawn_together_and_only_under_one_protocol(
+    run: Path, generated: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, "other")
+    evaluate.main(["models=run,other", "checkpoints=true", "output_dir=compared", *QUICK])
+    assert files(Path("compared")) == ["other", "run", "score_over_steps.png"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:7]] == ["run"] * 3 + ["other"] * 3
+    assert not (run / "scores").exists()
+    generated.clear()
+    with pytest.raises(InputError, match=r"scores of run and embedded do not compare: labels: 0..1 in turn and 0..9"):
+        evaluate.main(["models=run,embedded", "checkpoints=true", *QUICK])
+    with pytest.raises(InputError, match=r"run and embedded do not compare: vae_sha256: \w+ and \w+\.$"):
+        evaluate.main(["models=run,embedded", "class_labels=0,1", *QUICK])
+    with pytest.raises(InputError, match="models=./run and run would share the scores in compared/run"):
+        evaluate.main(["models=run,./run", "output_dir=compared", *QUICK])
+    assert generated == []
+
+
+def test_what_is_no_run_is_scored_into_the_working_folder(run: Path) -> None:
+    evaluate.main(["models=embedded", *QUICK, "class_labels=Sneaker,Bag", "guidance_scale=1.5", "sampler=dpmsolver++"])
+    (record,) = load_scores(Path("scores/embedded"))
+    protocol = record.score.protocol
+    assert (record.step, record.images_seen) == (3000, None)
+    assert (protocol.labels, protocol.guidance_scale) == ("7..8 in turn", 1.5)
+    assert (protocol.sampler, protocol.sampler_settings["solver_order"]) == ("DPMSolverMultistepScheduler", 2)
+
+
+def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_folder: Path) -> None:
+    Path("own.py").write_text(
+        "import torch\nmaker = lambda: torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())\n"
+    )
+    data = [f"train_data_dir={image_folder}", f"validation_data_dir={image_folder}", "vae=None"]
+    for stored in ("true", "false"):
+        options = ["feature_extractor=own.py:maker", f"store_features={stored}", f"output_dir={stored}"]
+        make_reference_statistics.main([*data, *options])
+    floor = json.loads(Path("true/reference_features.json").read_text())["training_images"]
+    assert (floor["precision"], floor["recall"]) == (1.0, 1.0) and abs(floor["frechet_distance"]) < 1e-9
+    assert "precision" not in json.loads(Path("false/reference_features.json").read_text())["training_images"]
+    options = ["models=run", "feature_extractor=own.py:maker", *FEW]
+    evaluate.main([*options, "reference=true/reference_features.safetensors"])
+    (record,) = load_scores(run / "scores")
+    assert record.score.protocol.extractor == "own.py:maker" and len(record.score.values) == 5
+    evaluate.main([*options, "reference=false/reference_features.safetensors", "metrics=frechet_distance"])
+    assert len(load_scores(run / "scores")) == 2, "another reference, another protocol"
+
+
+def test_a_pipeline_that_does_not_tell_its_step_is_scored_without(run: Path) -> None:
+    (run / "pipeline" / "speed_training.json").write_text("{}")
+    (run / "checkpoint-12" / "state.json").write_text("{")
+    evaluate.main(["models=run", *QUICK])
+    (record,) = load_scores(run / "scores")
+    assert (record.step, record.images_seen) == (None, None)
+
+
+def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = run / "checkpoint-10" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    evaluate.main(["models=run", "checkpoints=true", "weights=model", *QUICK])
+    assert "Passing over a damaged checkpoint" in caplog.text and "checkpoint-10" in caplog.text
+    records = load_scores(run / "scores")
+    assert [(each.step, each.score.protocol.weights) for each in records] == [(5, "model"), (12, "model")]
+    with pytest.raises(InputError, match="weights=model: embedded is a pipeline, which holds averaged weights"):
+        evaluate.main(["models=embedded", "weights=model", *QUICK])
+    with pytest.raises(InputError, match="no pipeline with weights=model; checkpoints=true scores"):
+        evaluate.main(["models=run", "weights=model", *QUICK])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["models=[]"], "models is empty"),
+        (["models=nowhere"], "Could not load .*'nowhere'"),
+        (["num_images=3"], "num_images=3: precision_recall needs at least 4"),
+        (["num_images=1", "metrics=frechet_distance"], "num_images=1: must be at least 2"),
+        (["batch_size=0"], "batch_size=0: must be at least 1"),
+        (["num_inference_steps=1001"], "num_inference_steps=1001: the model has 1000 timesteps"),
+        (["guidance_scale=0.5"], "guidance_scale=0.5: must be at least 1"),
+        (["guidance_interval=0.5"], r"guidance_interval=\[0.5\]: must be two numbers"),
+        (["sampler=dimm"], "Unknown sampler 'dimm'. Did you mean 'ddim'"),
+        (["metrics=kernel"], "Unknown metrics 'kernel'. Did you mean 'kernel_distance'"),
+        (["weights=averaged"], "Unknown weights 'averaged'.*Allowed: ema, model"),
+        (["class_labels=horse"], "Unknown class label 'horse'"),
+        (["reference=nowhere.safetensors"], "No reference statistics at 'nowhere.safetensors'"),
+        (["reference=large.safetensors"], "is of 64x64 images, the pipeline makes 32x32"),
+        (["reference=plain.safetensors"], "metrics=kernel_distance: the reference 'plain.safetensors' holds mean and"),
+        (["reference=few.safetensors"], "images of the reference=3: precision_recall needs at least 4"),
+        (["feature_extractor=own.py:means"], "made with another feature extractor than 'own.py:means'"),
+        (["feature_extractor=own.py:means", "reference=nameless.safetensors"], "makes 3 features, .* has 64"),
+        (["output_dir=own.py"], "output_dir=own.py/run: .*own.py is a file"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_generated(
+    options: list[str], message: str, run: Path, generated: list[int]
+) -> None:
+    shipped = load_reference()
+    statistics, features = shipped.statistics, shipped.features
+    assert features is not None
+    save_statistics(statistics, "large.safetensors", features=features, resolution=64)
+    save_statistics(statistics, "plain.safetensors", resolution=32)
+    save_statistics(replace(statistics, count=3), "few.safetensors", features=features[:3], resolution=32)
+    save_statistics(replace(statistics, extractor_sha256=""), "nameless.safetensors", features=features)
+    Path("own.py").write_text("means = lambda: lambda images: images.mean(dim=(2, 3))\n")
+    before = sorted(Path().rglob("*"))
+    chosen = {option.split("=")[0] for option in options}
+    rest = [option for option in ["models=run", *FEW] if option.split("=")[0] not in chosen]
+    with pytest.raises(InputError, match=message) as error:
+        evaluate.main([*options, *rest])
+    assert "\n" not in str(error.value)
+    assert generated == [] and sorted(Path().rglob("*")) == before

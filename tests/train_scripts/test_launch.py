@@ -1,0 +1,138 @@
+"""The commands that the README gives, launched as a user launches them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "train_scripts/train_dit_speed.py"
+BIN = Path(sys.executable).parent
+
+
+def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command with one torch thread and returns what it printed."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The single error line; no traceback of ours."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_the_first_command_trains_and_saves(tmp_path: Path, cache_dir: Path) -> None:
+    """The README's first command, with its defaults but for the length of the run."""
+    command = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", TRAIN]
+    short = ["max_train_steps=2", f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", "num_inference_steps=2"]
+    result = launch([BIN / command[0], *command[1:], *short])
+    assert result.returncode == 0, result.stderr
+    assert "9,000 images, 10 classes" in result.stdout
+    assert "Training: 100%" in result.stderr and "step/s" in result.stderr and "loss=" in result.stderr
+    for name in ("pipeline/model_index.json", "samples.png", "metrics.jsonl", "config.yaml"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*address):
+    sys.exit(f"the network was asked for {address}")
+socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "train_scripts")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_default_never_asks_the_network(tmp_path: Path) -> None:
+    run = [f"output_dir={tmp_path / 'run'}", "max_train_steps=1", "num_inference_steps=1", "num_validation_images=1"]
+    caches = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    result = launch([sys.executable, "-c", OFFLINE, TRAIN, *run], **caches)
+    assert result.returncode == 0, result.stderr
+
+
+def test_wrong_input_from_inside_train_scripts_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = launch(
+        [sys.executable, "train_dit_speed.py", "speed_tau=2000", f"output_dir={folder}"], cwd=ROOT / "train_scripts"
+    )
+    assert result.returncode == 2
+    assert one_line_error(result).startswith("error: speed_tau=2000.0: must be a whole number in [1, 1000], or None")
+    assert "Traceback" not in result.stderr
+    assert not folder.exists()
+
+
+def test_wrong_input_under_torchrun_is_one_line(tmp_path: Path) -> None:
+    """The worker exits with 2 and says so once; torchrun itself answers every failure with 1 and a report."""
+    folder = tmp_path / "run"
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN]
+    result = launch([*command, "speed_lambda=5", f"output_dir={folder}"])
+    assert result.returncode == 1
+    assert "speed_lambda=5.0: must lie in [0.5, 1]" in one_line_error(result)
+    assert "exitcode  : 2" in result.stderr
+    assert not folder.exists()
+
+
+def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[str], tmp_path: Path) -> None:
+    named = ("max_train_steps", "output_dir", "checkpointing_steps")
+    options = [sys.executable, str(ROOT / TRAIN), *(part for part in tiny_options if not part.startswith(named))]
+    options += ["max_train_steps=60", f"output_dir={tmp_path / 'stopped'}", "checkpointing_steps=None"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(options, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "go on with resume_from_checkpoint=latest" in output
+    (stopped,) = (tmp_path / "stopped").glob("checkpoint-*")
+    step = int(stopped.name.removeprefix("checkpoint-"))
+    assert 3 <= step < 60
+    assert launch([*options, "resume_from_checkpoint=latest"]).returncode == 0
+    whole = [part.replace("stopped", "whole") for part in options]
+    assert launch(whole).returncode == 0
+    for name in ("model", "ema", "optimizer"):
+        resumed, uninterrupted = (
+            load_file(tmp_path / folder / "checkpoint-60" / f"{name}.safetensors") for folder in ("stopped", "whole")
+        )
+        assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_two_processes_train_as_one_does(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [part for part in tiny_options if not part.startswith(("train_batch_size", "output_dir"))]
+    alone = launch([sys.executable, TRAIN, *options, "train_batch_size=4", f"output_dir={tmp_path / 'one'}"])
+    assert alone.returncode == 0, alone.stderr
+    pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options]
+    together = launch([*pair, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"])
+    assert together.returncode == 0, together.stderr
+    assert "2 a device x 2 process(es) x 1 accumulated" in together.stdout
+    first, second = (load_file(tmp_path / name / "checkpoint-12" / "ema.safetensors") for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
+
+
+def test_sample_draws_the_shipped_checkpoint_and_refuses_unknown_garments(tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    sample = [sys.executable, "train_scripts/sample.py", f"output={output}", "guidance_scale=1.5"]
+    result = launch([*sample, "class_labels=Sneaker,Dress", "num_inference_steps=4", "num_images_per_class=2"])
+    assert result.returncode == 0, result.stderr
+    assert output.stat().st_size > 1000
+    wrong = launch([*sample, "class_labels=Sneeker"])
+    assert wrong.returncode == 2
+    assert "Unknown class label 'Sneeker'. Did you mean 'Sneaker'?" in one_line_error(wrong)

@@ -1,0 +1,43 @@
+"""metrics.jsonl and the check of trackers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speed_diffusers.errors import InputError
+from speed_diffusers.training.tracking import MetricsFile, check_trackers
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_are_complete_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.write({"step": 1, "loss": 0.5})
+    assert json.loads(path.read_text()) == {"step": 1, "loss": 0.5}
+
+
+def test_going_on_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path)
+    for step in range(1, 8):
+        first.write({"step": step})
+    path.write_text(path.read_text() + '{"step": 8, "lo')
+    second = MetricsFile(path, first_step=5)
+    assert steps_in(path) == [1, 2, 3, 4, 5]
+    second.write({"step": 6})
+    assert steps_in(path) == [1, 2, 3, 4, 5, 6]
+    MetricsFile(path)
+    assert steps_in(path) == []
+
+
+def test_trackers_are_checked_before_anything_starts() -> None:
+    check_trackers([])
+    check_trackers(["tensorboard"])
+    with pytest.raises(InputError, match="Unknown tracker.*'tensorbord'. Did you mean 'tensorboard'"):
+        check_trackers(["tensorbord"])
+    with pytest.raises(InputError, match="report_to=comet_ml: not installed; run: pip install comet-ml"):
+        check_trackers(["tensorboard", "comet_ml"])
