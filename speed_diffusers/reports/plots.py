@@ -16,6 +16,9 @@ from ..process import Areas
 
 matplotlib.use("Agg")
 
+AREA_SHADES = ("0.97", "0.93", "0.88")
+"""Greys of the acceleration, deceleration and convergence areas."""
+
 
 def mosaic(images: npt.NDArray[np.float32], columns: int, gap: int = 2) -> npt.NDArray[np.uint8]:
     """Images side by side, row by row, with white gaps.
@@ -90,7 +93,7 @@ def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) 
     over_training, by_timestep = figure.subplots(1, 2, width_ratios=(1.25, 1))
     lefts = np.concatenate(([0.0], shown.steps))
     colours = over_training.pcolormesh(lefts, shown.edges, shown.errors.T, norm=LogNorm(), cmap="viridis")
-    figure.colorbar(colours, ax=over_training, label="squared error, without weight")
+    figure.colorbar(colours, ax=over_training, label="unweighted MSE")
     for name, area in vars(areas).items():
         if len(area):
             over_training.axhline(area.stop, color="white", linewidth=1, linestyle="--")
@@ -102,7 +105,7 @@ def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) 
     picked = np.unique(np.linspace(0, len(moments.steps) - 1, 4).round().astype(int))
     for index in picked:
         _plot_errors(by_timestep, moments.edges, moments.errors[index], f"to step {moments.steps[index]:,.0f}")
-    _mark_areas(by_timestep, areas)
+    _label_errors(by_timestep, areas)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 
@@ -121,7 +124,7 @@ def save_error_comparison(runs: Mapping[str, ErrorHistory], areas: Areas, title:
     for name, history in runs.items():
         last = history.merged(5)
         _plot_errors(axes, last.edges, last.errors[-1], name)
-    _mark_areas(axes, areas)
+    _label_errors(axes, areas)
     axes.set_title(title, fontsize=11, pad=18)
     figure.savefig(path)
 
@@ -130,13 +133,26 @@ def _plot_errors(axes: Axes, edges: Sequence[int], errors: npt.NDArray[np.float6
     axes.stairs(errors, edges, label=label, baseline=None, linewidth=1.5)
 
 
-def _mark_areas(axes: Axes, areas: Areas) -> None:
-    """Log axis, legend, and the three areas as bands with their names."""
-    axes.set(xlabel="timestep", ylabel="squared error, without weight", yscale="log", xlim=(0, areas.convergence.stop))
-    for (name, area), shade in zip(vars(areas).items(), ("0.97", "0.93", "0.88"), strict=True):
-        if len(area):
-            axes.axvspan(area.start, area.stop, color=shade, zorder=0)
-            axes.text(
-                (area.start + area.stop) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=8
-            )
+def _label_errors(axes: Axes, areas: Areas) -> None:
+    """Names the axes of unweighted errors by timestep, and shades the areas."""
+    axes.set(xlabel="timestep", ylabel="unweighted MSE", yscale="log", xlim=(0, areas.convergence.stop))
+    shade_areas([axes], areas)
     axes.legend(fontsize=8)
+
+
+def shade_areas(panels: Sequence[Axes], areas: Areas) -> None:
+    """Shades the three areas behind panels that share their timesteps, with their names above the first.
+
+    Args:
+        panels: From top to bottom, timesteps on the x axis.
+        areas: The areas; empty ones are left out.
+    """
+    for (name, area), shade in zip(vars(areas).items(), AREA_SHADES, strict=True):
+        if not len(area):
+            continue
+        for axes in panels:
+            axes.axvspan(area.start, area.stop, color=shade, zorder=0)
+        # A name that is wider than its area would run into its neighbour's.
+        label = name if len(area) > 0.13 * areas.convergence.stop else f"{name[:4]}."
+        above = panels[0].get_xaxis_transform()
+        panels[0].text((area.start + area.stop) / 2, 1.02, label, transform=above, ha="center", fontsize=8)

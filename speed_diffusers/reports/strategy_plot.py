@@ -1,6 +1,6 @@
 """Strategies side by side over the timesteps: how often each step is drawn, what it counts, and both together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..process import Areas
 from ..tables import SpeeDTables
+from .plots import shade_areas
 
-SHADES = ("0.97", "0.92", "0.86")
 STYLES = ("-", "--", "-.", ":")
 STEEP = 20.0
 """A panel whose largest value is more than so many times its median gets a logarithmic axis."""
@@ -76,7 +76,7 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
     product.set(ylabel="density x weight", xlabel="timestep (0: least noise)")
     for axes, drawn_values in curves.items():
         _scale(axes, torch.cat(drawn_values))
-    _mark_areas(panels, areas)
+    shade_areas(panels, areas)
     figure.suptitle(title, fontsize=11)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, handlelength=3)
     figure.savefig(path)
@@ -100,16 +100,3 @@ def _scale(axes: Axes, values: Tensor) -> None:
     axes.set(yscale=scale, ylim=(low, high))
     axes.grid(axis="y", color="white", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _mark_areas(panels: Sequence[Axes], areas: Areas) -> None:
-    total = areas.convergence.stop
-    for (name, area), shade in zip(vars(areas).items(), SHADES, strict=True):
-        if not len(area):
-            continue
-        for axes in panels:
-            axes.axvspan(area.start, area.stop, color=shade, zorder=0)
-        # A name that is wider than its area would run into its neighbour's.
-        label = name if len(area) > 0.13 * total else f"{name[:4]}."
-        middle = (area.start + area.stop) / 2
-        panels[0].text(middle, 1.04, label, transform=panels[0].get_xaxis_transform(), ha="center", fontsize=9)

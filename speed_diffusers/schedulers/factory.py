@@ -137,7 +137,7 @@ def _make_class(host: type) -> type:
     body: dict[str, Any] = {
         "__init__": register_to_config(__init__),
         "__module__": __name__,
-        "__doc__": f"`{host.__name__}` with SpeeD: its parameters, and SpeeD's options.",
+        "__doc__": f"`{host.__name__}` with SpeeD: its parameters, and SpeeD's.\n\n",
     }
     if not flow and not hasattr(host, "get_velocity"):
         # The target of v-prediction, for hosts that can sample with it but not give it.

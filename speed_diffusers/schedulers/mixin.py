@@ -33,12 +33,11 @@ class SpeeDSchedulerMixin:
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Ends the docstring of each SpeeD scheduler with the options, from the one place where they are described."""
+        """Describes SpeeD's options in the docstring of each SpeeD scheduler, from the one place where they stand."""
         super().__init_subclass__(**kwargs)
         if cls.__doc__ and issubclass(cls, SchedulerMixin):
-            fields = {field.name: field for field in dataclasses.fields(SpeeDOptions)}
-            lines = [f"        {key}: {fields[name].metadata['help']}" for key, name in SPEED_KEYS.items()]
-            cls.__doc__ = "\n".join([cls.__doc__.rstrip(), "", "    SpeeD's options:", *lines, "    "])
+            before, raises, after = cls.__doc__.partition("    Raises:\n")
+            cls.__doc__ = f"{before}{_described_options()}{raises}{after}"
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
@@ -175,3 +174,14 @@ class SpeeDSchedulerMixin:
                     "or use speed_diffusers.functional."
                 )
         return SpeeDOptions.from_config(config, self._speed_prediction_type)
+
+
+def _described_options() -> str:
+    """SpeeD's options as a section of a docstring."""
+    lines = ["    Args:"]
+    for field in dataclasses.fields(SpeeDOptions):
+        key = next((key for key, name in SPEED_KEYS.items() if name == field.name), None)
+        if key is not None:
+            interval = field.metadata["interval"]
+            lines.append(f"        {key}: {field.metadata['help']}" + (f" In {interval}." if interval else ""))
+    return "\n".join([*lines, "", ""])

@@ -60,7 +60,7 @@ def labelled(part: str) -> record_function:
     return record_function(part)
 
 
-class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperationCounter(TorchDispatchMode):
     """Counts the operations that torch dispatches within its context, and those that make the host wait.
 
     Each counted operation costs the host some microseconds, and on a GPU mostly a launch, whatever the size of its
@@ -78,7 +78,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, labels: Sequence[str] = PARTS) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_part: dict[str, Counter[str]] = {label: Counter() for label in (*labels, OTHER)}
         self.host_waits: Counter[str] = Counter()
         self._open: list[str] = []

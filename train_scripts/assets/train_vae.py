@@ -199,7 +199,7 @@ def quality(source: ImageSource, settings: VAESettings) -> dict[str, object]:
     cast(Any, vae).to(settings.device)
     error = reconstruction_error(vae, source, settings)
     mean, std = latent_moments(latent_means(vae, source, settings, "latent moments"))
-    scale = vae.config.scaling_factor
+    scale = vae.config["scaling_factor"]
     return {
         "images": len(source),
         "mse": error,
