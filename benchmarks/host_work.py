@@ -43,7 +43,7 @@ NETWORK = "network"
 WIDTH = 8
 DECAY = 0.9999
 BUDGETS = {"draws, noise and loss": 60, "latents": None, "gradient norm": None, "optimizer": 30, "ema": 10}
-"""Operations a step that we allow ourselves; None: no promise."""
+"""Operations per step that we allow ourselves; None: no promise."""
 OURS = "this package"
 
 
@@ -200,7 +200,7 @@ def table(result: dict[str, Any]) -> str:
     waits, protocol = result["host_waits"], result["protocol"]
     lines = [
         f"Waits of the host in {waits['steps']} steps between two logging steps: {waits['scalar_reads']} reads of a "
-        f"number, {waits['others']} others. Operations a step, {protocol['layers']} layers, "
+        f"number, {waits['others']} others. Operations per step, {protocol['layers']} layers, "
         f"{protocol['parameter_tensors']} parameter tensors:",
         "",
         "| part | by | operations | at most |",
@@ -231,7 +231,7 @@ def save_picture(result: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(left=0.7)
     axes.margins(x=0.15)
-    axes.set_xlabel("operations dispatched a step")
+    axes.set_xlabel("operations dispatched per step")
     axes.set_title(f"Host work, {result['protocol']['parameter_tensors']} parameter tensors", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

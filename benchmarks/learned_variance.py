@@ -45,7 +45,7 @@ class BenchmarkConfig(Options):
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")
     arms: list[str] = option([], "Arms to run, such as 'learned, ddpm'; empty: all.", choices=ARMS)
     max_train_steps: int = option(3000, "Optimizer steps of each run.")
-    num_images: int = option(1000, "Generated images a score.")
+    num_images: int = option(1000, "Generated images per score.")
     num_inference_steps: int = option(250, "Solver steps.")
     runs_dir: str = option("runs/learned_variance", "Where the runs go.")
     results_dir: str = option(str(RESULTS), "Where the results go.")
@@ -83,7 +83,7 @@ def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
 
 
 def report(config: BenchmarkConfig) -> str:
-    """The table, also written beside the results with a picture; one line an arm, a number a seed."""
+    """The table, also written beside the results with a picture; one line per arm, a number per seed."""
     results = {arm: [json.loads(result_file(config, arm, seed).read_text()) for seed in config.seeds] for arm in ARMS}
     lines = [
         f"| arm | {' | '.join(metric.replace('_', ' ') for metric in METRICS)} |",

@@ -7,7 +7,7 @@
 Trains the quickstart's model with epsilon prediction, DiT's own target, once with SpeeD and once with uniform sampling
 and no weights. Both see the same images in the same order with the same noise and the same initial weights; they
 differ in timesteps and loss weights alone. Scores 2,000 images of each without guidance. Stopped and started again, it
-goes on where it was. Results: speed_vs_uniform/*.json, a table and a picture beside this file.
+resumes where it was. Results: speed_vs_uniform/*.json, a table and a picture beside this file.
 """
 
 import json
@@ -40,13 +40,13 @@ class BenchmarkConfig(Options):
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")
     arms: list[str] = option(list(ARMS), "Arms to run.", choices=ARMS)
     max_train_steps: int = option(2000, "Optimizer steps of each run.")
-    num_images: int = option(2000, "Generated images a score.")
+    num_images: int = option(2000, "Generated images per score.")
     runs_dir: str = option("runs/speed_vs_uniform", "Where the runs go.")
     report_only: bool = option(False, "Only make table and picture from the results that are there.")
 
 
 def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
-    """Trains one arm, or goes on with it, unless it is done; returns its folder."""
+    """Trains one arm, or resumes it, unless it is done; returns its folder."""
     strategy = {key: value for key, value in PRESETS[arm].items() if value is not None}
     return trained_run(
         Path(config.runs_dir) / f"{arm}-{seed}",

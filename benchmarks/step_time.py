@@ -197,7 +197,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def save_blocks(blocks: list[Block], path: Path) -> None:
-    """One line a block: its place, arm, whether it is dropped, and the milliseconds of each of its steps."""
+    """One line per block: its place, arm, whether it is dropped, and the milliseconds of each of its steps."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         steps = [f"step_{index}_ms" for index in range(len(blocks[0].milliseconds))]

@@ -1,4 +1,4 @@
-"""Training runs of benchmarks that compare what is learned: started once, gone on with after a stop."""
+"""Training runs of benchmarks that compare what is learned: started once, resumed after a stop."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ TRAIN = ROOT / "train_scripts" / "train_dit_speed.py"
 
 
 def trained_run(folder: Path, **settings: object) -> Path:
-    """Trains in a folder, or goes on there, unless the run is done; returns the folder.
+    """Trains in a folder, or resumes there, unless the run is done; returns the folder.
 
     Args:
         folder: Of the run.

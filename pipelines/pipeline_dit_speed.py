@@ -35,7 +35,7 @@ class SpeeDDiTPipeline(DiTPipeline):
     """`DiTPipeline` for any class count, any fitting scheduler, a learned variance, and guidance where it is wanted.
 
     The stock call gives the stock pipeline's images. New are the keywords of `__call__`; besides, ancestral solvers
-    draw their noise from `generator`, and solvers in sigmas (Euler, Heun, LMS) begin with noise of the right size.
+    take their noise from `generator`, and solvers in sigmas (Euler, Heun, LMS) begin with noise of the right size.
 
     Args:
         transformer: Its `out_channels` are its `in_channels`, or twice as many for a learned variance.
@@ -108,7 +108,7 @@ class SpeeDDiTPipeline(DiTPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """Generates images, one a label.
+        """Generates images, one per label.
 
         Args:
             class_labels: Rows of the label table or names of classes: one for all images, a list, or a tensor (N,).
@@ -240,7 +240,7 @@ class SpeeDDiTPipeline(DiTPipeline):
         fits = generator is None or all(isinstance(one, torch.Generator) for one in generators)
         _check("generator", generator, fits, "a torch.Generator or a list of them")
         fits = not isinstance(generator, list) or len(generator) == size[0]
-        _check("number of generators", len(generators), fits, f"{size[0]}, one an image, or one that is in no list")
+        _check("number of generators", len(generators), fits, f"{size[0]}, one per image, or one that is in no list")
         fits = latents is None or (isinstance(latents, Tensor) and latents.shape == size)
         _check("latents", getattr(latents, "shape", latents), fits, f"a tensor of shape {size}")
         _check("output_type", output_type, output_type in OUTPUT_TYPES, ", ".join(OUTPUT_TYPES))

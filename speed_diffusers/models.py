@@ -1,7 +1,7 @@
 """DiT as it should be trained with diffusers: its sizes, initialisation, one conditioning embedder, and export.
 
-`DiTTransformer2DModel` gives every block its own timestep and label embedder, each with its own random label drop, and
-leaves the initialisation to torch's defaults. Here one embedder stands beside the transformer during training, its
+`DiTTransformer2DModel` gives every block its own timestep and label embedder, each with its own random label dropout,
+and leaves the initialisation to torch's defaults. Here one embedder stands beside the transformer during training, its
 output travels through the blocks' `timestep` argument, and `export` copies it into every block again, so that the
 stock class computes the same function bit for bit.
 """
@@ -26,7 +26,7 @@ PATCH_SIZES = (2, 4, 8)
 
 @dataclass(frozen=True)
 class DiTSize:
-    """Depth, heads and channels a head of one DiT (Peebles and Xie, arXiv 2212.09748, table 1)."""
+    """Depth, heads and channels per head of one DiT (Peebles and Xie, arXiv 2212.09748, table 1)."""
 
     num_layers: int
     num_attention_heads: int
@@ -104,7 +104,7 @@ class TrainableDiT(nn.Module):
 
     Args:
         transformer: A stock transformer; its blocks' embedders are taken out. Block 0's becomes the embedder.
-        tie_embedders: False keeps the stock module with an embedder in each block, its random label drop off.
+        tie_embedders: False keeps the stock module with an embedder in each block, its random label dropout off.
 
     Raises:
         InputError: The blocks' embedders differ, so tying them would change the function.
@@ -117,7 +117,7 @@ class TrainableDiT(nn.Module):
         self.embedder: nn.Module = nn.Identity()
         embedders = [cast(Any, block).norm1.emb for block in transformer.transformer_blocks]
         for embedder in embedders:
-            # Labels are dropped once a sample, by the objective; the table keeps its null row.
+            # Labels are dropped once per sample, by the objective; the table keeps its null row.
             embedder.class_embedder.dropout_prob = 0.0
         if not tie_embedders:
             return
@@ -214,7 +214,7 @@ def stock_state_dict(state: Mapping[str, Tensor], num_layers: int) -> dict[str, 
     """The state dict of the stock class from that of the training form: the embedder copied into every block.
 
     Args:
-        state: State dict of a `TrainableDiT`, or of its moving average.
+        state: State dict of a `TrainableDiT`, or its EMA weights.
         num_layers: Number of blocks.
     """
     stock = {
@@ -232,7 +232,7 @@ def export_transformer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
 
     Args:
         config: Config of the training form's transformer.
-        state: State dict of the training form, or of its moving average.
+        state: State dict of the training form, or its EMA weights.
     """
     plain = {name: value for name, value in config.items() if not re.match("_", name)}
     transformer = DiTTransformer2DModel(**plain)

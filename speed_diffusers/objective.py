@@ -1,4 +1,4 @@
-"""The denoising objective: label drop, noising, target, error, weight, and the term of a learned variance."""
+"""The denoising objective: label dropout, noising, target, error, weight, and the term of a learned variance."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,9 +40,9 @@ class DenoisingLoss:
 
     Attributes:
         loss: Scalar, float32: mean over the batch of weight times squared error, plus that of the variance term.
-        squared_error: (B,), float32, detached: each sample's mean squared error without its weight, comparable
+        squared_error: (B,), float32, detached: each sample's unweighted mean squared error, comparable
             between runs whose weights differ.
-        variance_bits: (B,), float32, detached: each sample's variance term without weight, in bits a dimension; None
+        variance_bits: (B,), float32, detached: each sample's unweighted variance term, in bits per dimension; None
             where no variance is learned.
     """
 
@@ -54,7 +54,7 @@ class DenoisingLoss:
 def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:
     """Rows of the label table, with the null row for samples whose label is dropped.
 
-    The label is dropped once a sample, before the network, so that every block sees the same condition
+    The label is dropped once per sample, before the network, so that every block sees the same condition
     (Ho and Salimans, arXiv 2207.12598, algorithm 1).
 
     Args:
@@ -93,8 +93,9 @@ def denoising_loss(
 ) -> DenoisingLoss:
     """Weighted denoising loss of one batch.
 
-    DDPM, arXiv 2006.11239, equation 14, with a weight a timestep; with a learned variance the hybrid loss of arXiv
-    2102.09672, equation 16, in the scale of DiT: squared error plus T/1000 times the bound's term in bits a dimension.
+    DDPM, arXiv 2006.11239, equation 14, with a weight per timestep; with a learned variance the hybrid loss of arXiv
+    2102.09672, equation 16, in the scale of DiT: squared error plus T/1000 times the bound's term in bits
+    per dimension.
 
     Args:
         model: The network.

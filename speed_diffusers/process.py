@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 GRADIENT_THRESHOLD = 1e-4
-"""Rate of the noise's standard deviation, a step, below which the authors' code calls steps meaningless."""
+"""Rate of the noise's standard deviation, per step, below which the authors' code calls steps meaningless."""
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,12 @@ class ForwardProcess:
 
     @property
     def flow_time(self) -> Tensor:
-        """U of `flow_logit`, shape (T,), float64, in [0, 1]; 1 where no signal is left."""
+        """The time u whose logit is `flow_logit`, shape (T,), float64, in [0, 1]; 1 where no signal is left."""
         return torch.sigmoid(-0.5 * self.log_snr - math.log(self.flow_shift or 1.0))
 
     @property
     def sigma(self) -> Tensor:
-        """Sigma of the rectified flow with the same SNR, shift included: 1 / (1 + sqrt(SNR)), shape (T,), float64."""
+        """sigma of the rectified flow with the same SNR, shift included: 1 / (1 + sqrt(SNR)), shape (T,), float64."""
         return torch.sigmoid(-0.5 * self.log_snr)
 
     @cached_property
@@ -215,7 +215,9 @@ class ForwardProcess:
 
     @property
     def dual_pivot(self) -> int:
-        """M of the authors' code: one past the first step whose noise's standard deviation grows by less than 1e-4.
+        """The pivot m of the authors' code: one past the first step at which the noise grows by less than 1e-4.
+
+        What grows is the noise's standard deviation.
 
         Their threshold is absolute, so m belongs to schedules like theirs of about 1,000 steps; 642 on DiT's.
 

@@ -109,7 +109,7 @@ class SpeeDStrategy:
         return self._latest
 
     def tables_to_draw(self, progress: float | None = None) -> SpeeDTables:
-        """The tables for a draw: those of `tables`, with a warning where a density that learns is told nothing."""
+        """The tables for a draw: those of `tables`, with a warning where a loss-aware density is told nothing."""
         if self._learner is not None:
             self._batches_unlearned += 1
             if self._batches_unlearned == BATCHES_BEFORE_WARNING:
@@ -122,14 +122,14 @@ class SpeeDStrategy:
         return self.tables(progress)
 
     def update(self, error_sums: Tensor, error_counts: Tensor) -> None:
-        """Tells a density that learns the errors of one or more batches, summed over all processes.
+        """Tells a loss-aware density the errors of one or more batches, summed over all processes.
 
         The tensors are read on the CPU, which waits for their device; where the loop synchronises anyway is the place
         to call it. One call adds one entry to each timestep's history, whatever the number of batches.
 
         Args:
-            error_sums: Shape (T,): sum over the samples of each timestep of the prediction's mean squared error,
-                without loss weight.
+            error_sums: Shape (T,): sum over the samples of each timestep of the prediction's unweighted
+                mean squared error.
             error_counts: Shape (T,): how many samples that were.
 
         Raises:

@@ -34,12 +34,12 @@ class SpeeDTables:
     draw: str = INDEPENDENT
     pivot: int | None = None
     randint: bool = False
-    # Working copies in float32, one a device, so that a training step copies no table.
+    # Working copies in float32, one per device, so that a training step copies no table.
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def drawn_pmf(self) -> Tensor:
-        """The law of a draw taken at random from a large batch, shape (T,): the density, unless draws are paired."""
+        """Distribution of a draw taken at random from a large batch, (T,): the density, unless draws are paired."""
         return drawn_pmf(self.pmf, self.draw, self.pivot)
 
     def on_device(self, name: str, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The variance that a network learns beside its mean: the variational bound's term of each step, in bits a dimension.
+"""The variance that a network learns beside its mean: the variational bound's term of each step, bits per dimension.
 
 Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672, equations 13 to 16; the
 objective of DiT (Peebles and Xie, arXiv 2212.09748, section 3.1).
@@ -113,7 +113,7 @@ class LearnedVariance:
             timesteps: int64 (B,).
 
         Returns:
-            float32 (B,), bits a dimension.
+            float32 (B,), bits per dimension.
         """
         error = error.detach().float()
         row = self.table[timesteps]

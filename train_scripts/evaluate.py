@@ -164,7 +164,7 @@ def known_score(file: Path, pipeline: DiTPipeline) -> ScoreRecord | None:
 
 
 def table(records: dict[str, list[ScoreRecord]]) -> str:
-    """One line a score, a column a number."""
+    """One line per score, a column per number."""
     numbers = [number for entry in METRICS.values() for number in entry.function.numbers]
     numbers = [
         number for number in numbers if any(number in each.score.values for own in records.values() for each in own)

@@ -188,7 +188,7 @@ def _finished_at(device: torch.device) -> float:
 
 
 def part_times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean milliseconds a step of each part, on the host and in kernels on the device.
+    """Mean milliseconds per step of each part, on the host and in kernels on the device.
 
     A kernel belongs to the part during which the host launched it, on whatever thread: autograd has its own for a GPU.
 
@@ -214,7 +214,7 @@ def part_times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str,
 def title(cost: StepCost, config: ProfileConfig) -> str:
     """What was measured, in a line."""
     processes = f" on {cost.processes} processes" if cost.processes > 1 else ""
-    return f"{config.model}, {cost.images} images a step{processes}, {cost.device}"
+    return f"{config.model}, {cost.images} images per step{processes}, {cost.device}"
 
 
 def describe(cost: StepCost, config: ProfileConfig) -> str:
@@ -237,7 +237,7 @@ def describe(cost: StepCost, config: ProfileConfig) -> str:
     seconds = cost.milliseconds / 1e3
     gflops = cost.flops / cost.processes / seconds / 1e9
     lines.append(f"without the profiler: {cost.milliseconds:.3f} ms/step, {cost.images / seconds:,.1f} images/s")
-    lines.append(f"model, by formula: {cost.flops / 1e9:,.2f} GFLOP a step, {gflops:,.1f} GFLOP/s on each device")
+    lines.append(f"model, by formula: {cost.flops / 1e9:,.2f} GFLOP per step, {gflops:,.1f} GFLOP/s per device")
     for name, (once, interval) in cost.between_steps.items():
         share = once / interval / (cost.milliseconds + once / interval)
         lines.append(f"one {name}: {once:,.0f} ms, every {interval:,} steps: {share:.1%} of the time")
@@ -257,7 +257,7 @@ def save_picture(cost: StepCost, title: str, path: Path) -> None:
     axes.bar_label(bars, labels=shares, padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    axes.set_xlabel("milliseconds a step, host, under the profiler")
+    axes.set_xlabel("milliseconds per step, host, under the profiler")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -19,7 +19,7 @@ class BatchLayout:
         per_device: Images a process takes at once.
         processes: Number of processes.
         rank: This process.
-        accumulation: Micro-steps an optimizer step.
+        accumulation: Micro-steps per optimizer step.
     """
 
     per_device: int
@@ -29,7 +29,7 @@ class BatchLayout:
 
     @property
     def global_batch(self) -> int:
-        """Images an optimizer step, over all processes."""
+        """Images per optimizer step, over all processes."""
         return self.per_device * self.processes * self.accumulation
 
     def span(self, micro_step: int) -> slice:
@@ -39,9 +39,9 @@ class BatchLayout:
 
 
 class BatchOrder:
-    """Endless batch sampler: ids for one process, one list a micro-step, from any optimizer step on.
+    """Endless batch sampler: ids for one process, one list per micro-step, from any optimizer step on.
 
-    The data is read as one endless sequence of permutations, one an epoch, each drawn from (seed, epoch). Optimizer
+    The data is read as one endless sequence of permutations, one per epoch, each made from (seed, epoch). Optimizer
     step s takes the positions from s x global_batch on, so every image comes exactly once an epoch, none is left over
     at its end, and a resumed run needs to know nothing but its step.
 

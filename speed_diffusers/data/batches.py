@@ -35,7 +35,7 @@ class ImageSettings(Options):
     cache_dir: str | None = option(None, "Where datasets keeps its copies.")
     resolution: int = option(32, "Side of the images in pixels.", interval="[8, inf)")
     num_workers: int = option(0, "Processes that decode images.", interval="[0, inf)")
-    seed: int = option(0, "Initialisation, order and every draw.", interval="[0, 2^63)")
+    seed: int = option(0, "Initialisation, order and everything random.", interval="[0, 2^63)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ def load_image(
     *,
     name: str | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image, bring it to RGB and to a square.
+    """Decodes an image, brings it to RGB and to a square.
 
     Rotation from the camera is applied; transparent parts become white; 16-bit grey is scaled to 8 bits; of an
     animation the first frame is taken. An RGB image that already has the wanted size comes back bit for bit.
@@ -81,7 +81,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save the image with 8 or 16 bits a channel")
+        raise ValueError("floating-point pixels have no agreed range; save the image with 8 or 16 bits per channel")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")

@@ -1,4 +1,4 @@
-"""Training images from the shipped set, the Hugging Face Hub, an image folder or parquet files, as one `ImageSource`.
+"""Training images from the embedded set, the Hugging Face Hub, an image folder or parquet files, as one `ImageSource`.
 
 Everything a user can have got wrong is checked here, before the first training step and without decoding an image.
 """
@@ -27,7 +27,7 @@ class ImageSource:
     """A set of images with class ids, checked."""
 
     dataset: datasets.Dataset
-    """One row an image; the image column is undecoded ({"bytes", "path"}), for `load_image`."""
+    """One row per image; the image column is undecoded ({"bytes", "path"}), for `load_image`."""
     image_column: str
     label_column: str | None
     """None: the set is used without classes."""
@@ -59,7 +59,7 @@ class ImageSource:
         return digest.hexdigest()
 
     def load(self, row: int, resolution: int, center_crop: bool = True) -> npt.NDArray[np.uint8]:
-        """Decode row `row` to uint8 (resolution, resolution, 3); see `load_image`.
+        """Decodes row `row` to uint8 (resolution, resolution, 3); see `load_image`.
 
         Raises:
             InputError: If the image is missing or damaged; the message gives the row.
@@ -85,12 +85,12 @@ def open_images(
     revision: str | None = None,
     max_train_samples: int | None = None,
 ) -> ImageSource:
-    """Open a set of training images; give exactly one of `dataset_name` and `train_data_dir`.
+    """Opens a set of training images; give exactly one of `dataset_name` and `train_data_dir`.
 
     Args:
         dataset_name: "embedded" for the set in this package, else a data set's id on the Hub.
         dataset_config_name: Configuration of the Hub data set, where it has several.
-        train_data_dir: A folder with one sub-folder of images a class, a folder of parquet files, one parquet file,
+        train_data_dir: A folder with one sub-folder of images per class, a folder of parquet files, one parquet file,
             or a folder written by `Dataset.save_to_disk`.
         split: Which split; for local data only where file or folder names carry one.
         image_column: Column with the images.
@@ -128,7 +128,7 @@ def from_dataset(
     *,
     max_train_samples: int | None = None,
 ) -> ImageSource:
-    """Check a `datasets.Dataset` of one's own and make an `ImageSource` of it. See `open_images`."""
+    """Checks a `datasets.Dataset` of one's own and makes an `ImageSource` of it. See `open_images`."""
     if max_train_samples is not None and max_train_samples < 1:
         raise InputError(f"max_train_samples must be at least 1 (or None for all), got {max_train_samples}.")
     if len(dataset) == 0:
@@ -180,7 +180,7 @@ def _columns(dataset: datasets.Dataset) -> str:
 class ImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Decoded images a whole batch at a time, for training without the latent cache.
 
-    Use it with a `batch_sampler` and `collate_fn=collate`. Images are not mirrored: that is the caller's draw.
+    Use it with a `batch_sampler` and `collate_fn=collate`. Images are not flipped: that is for the caller.
     """
 
     def __init__(self, source: ImageSource, *, resolution: int, center_crop: bool = True) -> None:

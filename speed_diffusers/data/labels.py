@@ -15,7 +15,7 @@ WITHOUT_CLASSES = "label_column=None trains without classes"
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Read a label column as class ids with names.
+    """Reads a label column as class ids with names.
 
     Names come from the column where it has them; strings (and booleans) are numbered in sorted order; plain integers
     are taken as class ids and named "0", "1", ...

@@ -1,7 +1,8 @@
-"""A VAE's view of the training images, computed once: mean and log-variance of every latent, and of its mirror image.
+"""A VAE's view of the training images, computed once: mean and log-variance of every latent, and of its flipped image.
 
-What is stored are the moments, not samples, so that every epoch draws new latents; and both mirror images, because a
-VAE does not commute with mirroring. The file is an Arrow file made by `datasets`, memory-mapped when it is read.
+What is stored are the moments, not samples, so that every epoch samples new latents; and those of the flipped images
+too, because a VAE does not commute with flipping. The file is an Arrow file made by `datasets`, memory-mapped when it
+is read.
 """
 
 import hashlib
@@ -54,10 +55,10 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, dataset: datasets.Dataset, shape: tuple[int, int, int]) -> None:
-        """Wrap what `cache_latents` wrote.
+        """Wraps what `cache_latents` wrote.
 
         Args:
-            dataset: Columns "moments" and, if mirror images were stored, "moments_flipped" (flat float16), "label".
+            dataset: Columns "moments" and, if flipped images were stored, "moments_flipped" (flat float16), "label".
             shape: (2C, h, w) of the moments.
         """
         self.dataset = dataset.with_format("arrow")
@@ -74,14 +75,14 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """A batch.
 
         Returns:
-            "moments": float16 (B, 2C, h, w); "moments_flipped": the same of the mirror images, if stored; "labels":
+            "moments": float16 (B, 2C, h, w); "moments_flipped": the same of the flipped images, if stored; "labels":
             int64 (B,).
         """
         table = self.dataset[rows]
         batch = {"labels": torch.from_numpy(table["label"].to_numpy().copy())}
         for name in table.column_names:
             if name != "label":
-                # Flat lists of fixed length: one copy a batch, 30 times faster than datasets' Array3D.
+                # Flat lists of fixed length: one copy per batch, 30 times faster than datasets' Array3D.
                 values = table[name].combine_chunks().flatten().to_numpy()
                 batch[name] = torch.from_numpy(values.reshape(-1, *self.shape).copy())
         return batch
@@ -100,9 +101,9 @@ def cache_latents(
     cache_dir: str | None = None,
     num_threads: int = 8,
 ) -> LatentDataset:
-    """Encode all images, or find them encoded by an earlier run.
+    """Encodes all images, or finds them encoded by an earlier run.
 
-    The file lies in `cache_dir` under a key of images, labels, VAE, resolution, crop and mirroring. It appears there
+    The file lies in `cache_dir` under a key of images, labels, VAE, resolution, crop and flipping. It appears there
     only when it is complete, and a lock makes a second process wait for the first instead of doing the work twice.
 
     Args:
@@ -111,7 +112,7 @@ def cache_latents(
         vae_fingerprint: `vae_fingerprint(vae)`.
         resolution: Side of the images in pixels, a multiple of the VAE's factor.
         center_crop: See `load_image`.
-        random_flip: Store the moments of the mirror images too.
+        random_flip: Store the moments of the flipped images too.
         batch_size: Images encoded at a time; it does not change the key.
         device: Where to encode.
         cache_dir: Folder of the caches; None for that of `datasets` (HF_DATASETS_CACHE).
@@ -177,7 +178,7 @@ def _read(file: Path, num_rows: int) -> datasets.Dataset | None:
 
 
 def _make_room(folder: Path, num_bytes: int) -> None:
-    """Remove what a killed run left and check that the file fits. Only under the lock: nobody else is writing."""
+    """Removes what a killed run left and checks that the file fits. Only under the lock: nobody else is writing."""
     for leftover in folder.glob("tmp*"):
         leftover.unlink()
     free = shutil.disk_usage(folder).free
@@ -208,7 +209,7 @@ def _write(
             return source.decode(image, row, resolution, center_crop)
 
         pixels = np.stack(list(threads.map(load, images, rows)))  # (B, R, R, 3)
-        encoded = encode_moments(pixels, vae, mirrored="moments_flipped" in columns)
+        encoded = encode_moments(pixels, vae, flipped="moments_flipped" in columns)
         if not all(np.isfinite(values).all() for values in encoded):
             raise InputError(f"The VAE ({vae.dtype}) yields NaN or infinity on rows {rows[0]} to {rows[-1]}.")
         lists = [pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), num_values) for values in encoded]

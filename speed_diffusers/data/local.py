@@ -19,11 +19,11 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-SUPPORTED = "one sub-folder of images a class, or *.parquet files"
+SUPPORTED = "one sub-folder of images per class, or *.parquet files"
 
 
 def load_local(path: Path, *, split: str, with_classes: bool, cache_dir: str | None) -> datasets.Dataset:
-    """Open a folder of images, a folder of parquet files, one parquet file or a `save_to_disk` folder.
+    """Opens a folder of images, a folder of parquet files, one parquet file or a `save_to_disk` folder.
 
     Args:
         path: The folder or file.
@@ -115,7 +115,7 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _load_image_folder(root: Path, with_classes: bool) -> datasets.Dataset:
-    """One row an image, classes in the order of their folders' names (torchvision's numbering)."""
+    """One row per image, classes in the order of their folders' names (torchvision's numbering)."""
     # Not `load_dataset("imagefolder")`: it takes the innermost folder for the class, drops images whose path has a
     # word like "test" in it, and is 40 times slower to open.
     folders = _subfolders(root)

@@ -1,4 +1,4 @@
-"""What a VAE makes of images: mean and log-variance of their latents, and the latents drawn from these."""
+"""What a VAE makes of images: mean and log-variance of their latents, and the latents sampled from these."""
 
 import json
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ def vae_factor(vae: "AutoencoderKL") -> int:
 
 
 def check_resolution(resolution: int, vae: "AutoencoderKL") -> int:
-    """Check that the VAE can encode colour images of this size.
+    """Checks that the VAE can encode colour images of this size.
 
     Args:
         resolution: Side of the training images in pixels.
@@ -59,7 +59,7 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
-    """Draw latents as the diffusion model sees them: (mean + std * noise) * scaling_factor.
+    """Samples latents as the diffusion model sees them: (mean + std * noise) * scaling_factor.
 
     Args:
         moments: (B, 2C, h, w), any float type: C channels of means, then C of log-variances.
@@ -76,21 +76,21 @@ def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Ten
 
 @torch.inference_mode()
 def encode_moments(
-    pixels: npt.NDArray[np.uint8], vae: "AutoencoderKL", *, mirrored: bool
+    pixels: npt.NDArray[np.uint8], vae: "AutoencoderKL", *, flipped: bool
 ) -> list[npt.NDArray[np.float16]]:
     """Mean and log-variance of the latents of images.
 
     Args:
         pixels: uint8 (B, R, R, 3).
         vae: Encodes on its own device in its own dtype.
-        mirrored: Also encode the mirror images.
+        flipped: Also encode the flipped images.
 
     Returns:
-        One array, or two if mirrored, float16 (B, 2C, h, w): C channels of means, then C of clamped log-variances.
+        One array, or two if flipped, float16 (B, 2C, h, w): C channels of means, then C of clamped log-variances.
     """
     images = (torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2) / 127.5 - 1).to(vae.dtype)
     encoded = []
-    for batch in (images, images.flip(-1)) if mirrored else (images,):
+    for batch in (images, images.flip(-1)) if flipped else (images,):
         mean, log_variance = vae.encode(batch).latent_dist.parameters.float().chunk(2, dim=1)
         moments = torch.cat((mean, log_variance.clamp(*LOG_VARIANCE_RANGE)), dim=1)
         encoded.append(moments.half().cpu().numpy())

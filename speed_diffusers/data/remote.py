@@ -24,7 +24,7 @@ FILE_FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
 def load_remote(
     name: str, config_name: str | None, *, split: str, cache_dir: str | None, revision: str | None
 ) -> datasets.Dataset:
-    """Load one split of a data set on the Hub; from the local cache where it has been loaded before.
+    """Loads one split of a data set on the Hub; from the local cache where it has been loaded before.
 
     Args:
         name: Its id, "owner/name".

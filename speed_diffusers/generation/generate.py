@@ -1,4 +1,4 @@
-"""Images from a pipeline: one seed an image, in lazy batches."""
+"""Images from a pipeline: one seed per image, in lazy batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

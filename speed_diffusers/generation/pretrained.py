@@ -1,4 +1,4 @@
-"""Pretrained parts by name: shipped, in a folder (of a run, a pipeline or one model), or on the Hub."""
+"""Pretrained parts by name: embedded, in a folder (of a run, a pipeline or one model), or on the Hub."""
 
 from pathlib import Path
 from typing import Any, TypeVar, cast

@@ -161,7 +161,7 @@ def euler_ancestral(trained: Trained) -> SchedulerMixin:
 
 @SAMPLERS.register(
     "heun",
-    summary="Deterministic, second order, two evaluations a step; also for flow matching.",
+    summary="Deterministic, second order, two evaluations per step; also for flow matching.",
     reference="Karras et al., arXiv 2206.00364, alg. 1",
 )
 def heun(trained: Trained) -> SchedulerMixin:

@@ -1,4 +1,4 @@
-"""Distances between sets of images, in the features of a shipped classifier or of any module; scores and protocols."""
+"""Distances between sets of images, in features of the embedded classifier or of any module; scores and protocols."""
 
 from .agreement import class_agreement_of
 from .extractors import EXTRACTORS, FeatureExtractor, load_extractor

@@ -1,4 +1,4 @@
-"""Scores over a training: by optimizer steps, by images seen and by time, one line a run."""
+"""Scores over a training: by optimizer steps, by images seen and by time, one line per run."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def save_score_curves(curves: Sequence[ScoreCurve], path: Path, *, metric: str =
     lines = {curve.name: _in_order(curve.records, metric) for curve in curves}
     records = [record for line in lines.values() for record in line]
     if not records:
-        raise InputError(f"There is no score with a step and {metric}, so there is no curve to draw.")
+        raise InputError(f"There is no score with a step and {metric}, so there is no curve to plot.")
     require_equal_protocols(
         {f"{name}, step {record.step}": record.score.protocol for name, line in lines.items() for record in line}
     )

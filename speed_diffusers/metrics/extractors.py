@@ -1,4 +1,4 @@
-"""Feature extractors by name: shipped, trained here, or any module of the user's."""
+"""Feature extractors by name: embedded, trained here, or any module of the user's."""
 
 import importlib
 import importlib.util
@@ -78,11 +78,11 @@ EXTRACTORS: Registry[Callable[[torch.device], FeatureExtractor]] = Registry("fea
 
 @EXTRACTORS.register(
     FASHION_MNIST,
-    summary="The shipped classifier of Fashion-MNIST: 64 features, 10 classes.",
+    summary="The embedded classifier of Fashion-MNIST: 64 features, 10 classes.",
     reference="train_scripts/assets/train_classifier.py; its quality is in assets/fashion_mnist/classifier.json",
 )
 def fashion_mnist(device: torch.device) -> FeatureExtractor:
-    """The shipped classifier."""
+    """The embedded classifier."""
     classes = json.loads(EMBEDDED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
     return _classifier(FASHION_MNIST, EMBEDDED_CLASSIFIER, device, tuple(classes))
 

@@ -18,7 +18,7 @@ _WIDTHS = (32, 48, 64, 64)
 class SmallClassifier(nn.Module):
     """Four convolutions, a 64-dimensional embedding of the whole 4x4 map, one linear head.
 
-    The embedding sees where a part of the garment is, not only that it is there (no global average pooling), and is
+    The embedding sees where a part of the object is, not only that it is there (no global average pooling), and is
     batch-normalised without an activation, so that over real images each feature has about zero mean and unit
     variance and is closer to Gaussian than rectified features would be: that is what a Fréchet distance assumes.
 

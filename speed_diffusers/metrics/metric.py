@@ -54,7 +54,7 @@ class Metric:
         return self.function(samples)
 
     def check(self, name: str, num_images: int, reference: Reference) -> None:
-        """Makes sure that the metric can be measured.
+        """Checks that the metric can be measured.
 
         Args:
             name: Its name, for the message.

@@ -12,7 +12,7 @@ CHUNK = 256
 
 
 def check_features(first: Tensor, second: Tensor, *, least: int) -> None:
-    """Makes sure that two sets of features compare.
+    """Checks that two sets of features compare.
 
     Args:
         first: Should be (N, D), finite.

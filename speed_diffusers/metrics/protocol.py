@@ -137,13 +137,13 @@ def labels_in_words(rows: Sequence[int]) -> str:
 
 
 def protocol_differences(first: Protocol, second: Protocol) -> list[str]:
-    """What keeps two scores from being compared, a phrase a part; empty if nothing does."""
+    """What keeps two scores from being compared, a phrase per part; empty if nothing does."""
     one, other = first.compared(), second.compared()
     return [f"{name}: {one[name]} and {other[name]}" for name in one if one[name] != other[name]]
 
 
 def require_equal_protocols(protocols: Mapping[str, Protocol]) -> None:
-    """Makes sure that scores may stand in one column or one curve.
+    """Checks that scores may stand in one column or one curve.
 
     Args:
         protocols: By the name of what was scored.

@@ -103,5 +103,5 @@ def load_reference(name: str | Path = EMBEDDED) -> Reference:
 
 
 def load_reference_statistics(path: str | Path | None = None) -> FeatureStatistics:
-    """Mean and covariance of a reference file; None is the shipped one. Errors as in `load_reference`."""
+    """Mean and covariance of a reference file; None: the embedded one. Errors as in `load_reference`."""
     return load_reference(EMBEDDED if path is None else path).statistics

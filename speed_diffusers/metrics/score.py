@@ -91,7 +91,7 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
 
 
 def check_measurable(settings: ScoreSettings, resolution: int) -> None:
-    """Makes sure that images can be measured, before there is a pipeline to make them.
+    """Checks that images can be measured, before there is a pipeline to make them.
 
     Args:
         settings: Its metrics, extractor, reference and number of images are looked at.

@@ -25,7 +25,7 @@ def mosaic(images: npt.NDArray[np.float32], columns: int, gap: int = 2) -> npt.N
 
     Args:
         images: (N, H, W, 3) in [0, 1].
-        columns: Images a row; N is a multiple of it.
+        columns: Images per row; N is a multiple of it.
         gap: Pixels between images.
 
     Returns:
@@ -44,7 +44,7 @@ def mosaic(images: npt.NDArray[np.float32], columns: int, gap: int = 2) -> npt.N
 def save_class_grid(
     images: npt.NDArray[np.float32], row_names: Sequence[str], title: str, path: Path, gap: int = 2
 ) -> None:
-    """Saves a PNG with one row of images a class, the class's name at the left and a title above.
+    """Saves a PNG with one row of images per class, the class's name at the left and a title above.
 
     Args:
         images: (rows x columns, H, W, 3) in [0, 1], row by row.

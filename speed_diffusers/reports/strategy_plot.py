@@ -86,7 +86,7 @@ def axis_range(values: Tensor) -> tuple[str, float, float]:
     """The scale of an axis ("linear", or "log" where a few values would flatten all others), and its two ends.
 
     Args:
-        values: Everything that is drawn on the axis, any shape, none negative and not all zero.
+        values: Everything that is plotted on the axis, any shape, none negative and not all zero.
     """
     highest, median = float(values.max()), float(values.median())
     if highest <= STEEP * median:

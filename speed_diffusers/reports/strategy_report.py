@@ -120,7 +120,7 @@ def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> 
     for name, tables in strategies.items():
         tau = "" if tables.settings.tau == areas.convergence.start else f"  (tau {tables.settings.tau})"
         density = relative_density(tables)
-        lines.append(name + tau + ("  (learns in training; shown as it begins)" if _learns(name) else ""))
+        lines.append(name + tau + ("  (loss-aware; shown as it begins)" if _learns(name) else ""))
         lines.append(_row("  density/uniform", density, steps, width))
         lines.append(_row("  weight", tables.weights, steps, width))
         lines.append(_row("  density x weight", density * tables.weights, steps, width))
@@ -168,8 +168,8 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     byte_words = ", ".join(f"{name} {count}" for name, count in BYTES_A_PARAMETER.items())
     rows = [
         ("parameters", f"{cost.num_parameters / 1e6:,.2f} M", "counted, in training form"),
-        ("compute, an image", _flops(cost.image_flops), f"{per_mac} x multiply-accumulates of a forward pass"),
-        ("compute, a step", _flops(cost.step_flops), f"x {cost.global_batch:,} images"),
+        ("compute, per image", _flops(cost.image_flops), f"{per_mac} x multiply-accumulates of a forward pass"),
+        ("compute, per step", _flops(cost.step_flops), f"x {cost.global_batch:,} images"),
         ("compute, the run", _flops(cost.run_flops), f"x max_train_steps = {cost.max_train_steps:,}"),
     ]
     if gpu is not None:
@@ -178,13 +178,13 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
         assumed = f"the run / ({found.bf16_tflops:,.0f} TFLOP/s of {gpu} in bf16 x mfu = {mfu:g}, an ASSUMPTION)"
         rows.append(("GPU hours", f"{hours:,.4g}", assumed))
         rows.append(("hours on the clock", f"{hours / num_gpus:,.4g}", f"/ {num_gpus} GPU(s), if they scale"))
-    rows.append(("state, each device", _bytes(cost.state_bytes), f"parameters x bytes: {byte_words}; float32"))
+    rows.append(("state, per device", _bytes(cost.state_bytes), f"parameters x bytes: {byte_words}; float32"))
     if gpu is not None:
         left = found.memory_gb * 1e9 - cost.state_bytes
         fits = "for activations and the rest" if left > 0 else "does NOT fit: shard it (accelerate_configs/fsdp2.yaml)"
         rows.append((f"left of {found.memory_gb:g} GB", _bytes(left), fits))
-    side, mirrored = cost.config["sample_size"], ", mirror images too" if cost.random_flip else ""
-    latents = f"2 moments of {cost.config['in_channels']}x{side}x{side} in float16{mirrored}"
+    side, flipped = cost.config["sample_size"], ", flipped images too" if cost.random_flip else ""
+    latents = f"2 moments of {cost.config['in_channels']}x{side}x{side} in float16{flipped}"
     if cost.cache_bytes is None:
         rows.append(("latent cache", f"{_bytes(cost.latent_bytes)} an image", f"{latents}; give num_images"))
     else:

@@ -18,7 +18,7 @@ class GPU:
     """One model of GPU.
 
     Attributes:
-        bf16_tflops: Peak of its matrix units in bf16, sums in float32, without sparsity, in 10^12 operations a second.
+        bf16_tflops: Peak of its matrix units in bf16, sums in float32, no sparsity, in 10^12 operations per second.
         memory_gb: Its memory as it is sold, in GB.
     """
 
@@ -44,14 +44,14 @@ GPUS: dict[str, GPU] = {
 }
 """GPUs by name, from the vendors' data sheets; case does not matter to `gpu_named`."""
 
-BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "moving average": 4}
+BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "EMA weights": 4}
 """Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
 
 BYTES_A_MOMENT = 2
 """The cache holds mean and log-variance of every latent value in float16."""
 
 RECOMPUTED = 4 / 3
-"""Gradient checkpointing runs the forward pass twice: 8 operations a multiply-accumulate instead of 6."""
+"""Gradient checkpointing runs the forward pass twice: 8 operations per multiply-accumulate instead of 6."""
 
 
 def gpu_named(name: str) -> GPU:
@@ -78,7 +78,7 @@ def forward_macs(config: Mapping[str, Any]) -> int:
     patch = config["patch_size"]
     tokens = (config["sample_size"] // patch) ** 2
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    # Query, key, value and output are 4 d^2 a token, the feed-forward of ratio 4 is 8 d^2; adaLN is 6 d^2 an image.
+    # Query, key, value and output are 4 d^2 per token, the feed-forward of ratio 4 is 8 d^2; adaLN is 6 d^2 per image.
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
     embedder = 256 * width + width**2
     patches_in = tokens * patch**2 * config["in_channels"] * width
@@ -88,7 +88,7 @@ def forward_macs(config: Mapping[str, Any]) -> int:
 
 
 def training_flops(config: Mapping[str, Any]) -> int:
-    """Floating-point operations of forward and backward pass for one image: 6 a multiply-accumulate.
+    """Floating-point operations of forward and backward pass for one image: 6 per multiply-accumulate.
 
     Two for the product and the sum, and the backward pass costs twice the forward pass. What gradient checkpointing
     computes again does not count: it is no part of the model.
@@ -109,7 +109,7 @@ class TrainingCost:
         global_batch: Images of an optimizer step, on all devices.
         max_train_steps: Optimizer steps of the run.
         num_images: Images of the data; None: not known.
-        random_flip: The cache holds the mirror images too.
+        random_flip: The cache holds the flipped images too.
         gradient_checkpointing: Activations are computed twice.
     """
 
@@ -151,12 +151,12 @@ class TrainingCost:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients, AdamW's moments and moving average, on every device that holds all of them."""
+        """Bytes of weights, gradients, AdamW's moments and EMA weights, on every device that holds all of them."""
         return self.num_parameters * sum(BYTES_A_PARAMETER.values())
 
     @property
     def latent_bytes(self) -> int:
-        """Bytes of the cached latents of an image, with those of its mirror image if there are any."""
+        """Bytes of the cached latents of an image, with those of its flipped image if there are any."""
         shape = (2, self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
         return math.prod(shape) * BYTES_A_MOMENT * (2 if self.random_flip else 1)
 

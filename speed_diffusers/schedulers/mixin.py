@@ -120,11 +120,11 @@ class SpeeDSchedulerMixin:
         return self.speed_strategy.is_loss_aware
 
     def update_speed(self, error_sums: Tensor, error_counts: Tensor) -> None:
-        """Tells a density that learns the errors of one or more batches, summed over all processes.
+        """Tells a loss-aware density the errors of one or more batches, summed over all processes.
 
         Args:
             error_sums: Shape (T,), by `timestep_indices`: sum over the samples of each timestep of the prediction's
-                mean squared error, without loss weight.
+                unweighted mean squared error.
             error_counts: Shape (T,): how many samples that were.
 
         Raises:

@@ -64,7 +64,7 @@ def independent(cumulative: Tensor, batch_size: int, generator: torch.Generator 
     reference="NUS-HPC-AI-Lab/SpeeD and kaiwang960112/SpeeD on GitHub; not in the paper",
 )
 def paired(cumulative: Tensor, batch_size: int, generator: torch.Generator | None, pivot: int | None) -> Tensor:
-    """N // 2 + 1 independent draws, then their duals, cut to n; in this order, as the authors' code has it."""
+    """n // 2 + 1 independent draws, then their duals, cut to n; in this order, as the authors' code has it."""
     assert pivot is not None
     primary = draw_independent(cumulative, batch_size // 2 + 1, generator=generator)
     return torch.cat([primary, dual_steps(primary, pivot)])[:batch_size]
@@ -72,11 +72,11 @@ def paired(cumulative: Tensor, batch_size: int, generator: torch.Generator | Non
 
 @DRAWS.register(
     "stratified",
-    summary="One draw from each of n equally likely strata, in random order: less noise in the loss, the same law.",
+    summary="One draw from each of n equally likely strata, in random order: less noise, the same distribution.",
     reference="u_i = (i + r_i) / n over the batch as in k-diffusion, pushed through the inverse distribution function",
 )
 def stratified(cumulative: Tensor, batch_size: int, generator: torch.Generator | None, pivot: int | None) -> Tensor:
-    """One draw a stratum; the strata are permuted, so that any slice of the batch is a fair sample of the density."""
+    """One draw per stratum; strata are permuted, so that any slice of the batch is a fair sample of the density."""
     device = cumulative.device
     # By sorting, because randperm may wait for the device.
     stratum = torch.rand(batch_size, generator=generator, device=device).argsort().to(torch.float32)
@@ -92,7 +92,7 @@ def dual_steps(timesteps: Tensor, pivot: int) -> Tensor:
 
 
 def drawn_pmf(pmf: Tensor, draw: str, pivot: int | None) -> Tensor:
-    """The law of one draw taken at random from a large batch, shape (T,), float64.
+    """The distribution of one draw taken at random from a large batch, shape (T,), float64.
 
     The density itself, except with pairs: half of those draws follow it and half are mirrored.
     """

@@ -1,4 +1,4 @@
-"""Densities that are learned while a model trains."""
+"""Loss-aware densities: they are learned while a model trains."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LossSecondMoment(LossAwareDensity):
     """Importance sampling of timesteps by their losses; the objective stays that of uniform draws.
 
     L_t is the error times the loss weight, so that the gradient of the weighted objective is what gets less noisy. One
-    call of `update` adds one loss a step: the mean of the samples that it was told of.
+    call of `update` adds one loss per step: the mean of the samples that it was told of.
 
     State: `squares` (T, history), float64, the latest squared losses; `seen` (T,), int64, how many there were.
     """

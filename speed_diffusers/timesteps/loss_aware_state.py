@@ -1,4 +1,4 @@
-"""What learns its density from the errors of the training: an object with state that a checkpoint can hold."""
+"""What learns its density from the losses of the training: an object with state that a checkpoint can hold."""
 
 from abc import ABC, abstractmethod
 
@@ -29,8 +29,8 @@ class LossAwareDensity(ABC):
         Timesteps without an error, or whose sum is not finite, are left as they were.
 
         Args:
-            error_sums: Shape (T,): sum over the samples of each timestep of the prediction's mean squared error,
-                without loss weight.
+            error_sums: Shape (T,): sum over the samples of each timestep of the prediction's unweighted
+                mean squared error.
             error_counts: Shape (T,): how many samples that were.
             weights: Shape (T,), float64: the loss weight of each timestep, without importance weight.
 

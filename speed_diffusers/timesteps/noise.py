@@ -25,7 +25,7 @@ def _bell(standard: Tensor) -> Tensor:
 
 
 def _time_speed(process: ForwardProcess) -> Tensor:
-    """Du / dt of the flow's time u, shape (T,): 1/T everywhere on a flow."""
+    """du/dt of the flow's time u, shape (T,): 1/T everywhere on a flow."""
     return torch.gradient(process.flow_time)[0]
 
 
@@ -105,7 +105,7 @@ def gaussian(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, s
 
 @DENSITIES.register(
     "laplace",
-    summary="Log SNR follows Laplace's law: where signal and noise are equal most often.",
+    summary="Log SNR follows a Laplace distribution: where signal and noise are equal most often.",
     reference="[arXiv 2407.03297](https://arxiv.org/abs/2407.03297); scale=0.5 is that of diffusers' schedule of this "
     "name, not checked against the paper's tables",
     parameters=(

@@ -27,7 +27,7 @@ def beta(process: ForwardProcess, settings: SpeeDSettings, *, alpha: float) -> T
 
 @DENSITIES.register(
     "clts",
-    summary="CLTS: from uniform to a Gaussian over t as the training goes on.",
+    summary="CLTS: from uniform to a Gaussian over t over the training.",
     reference="[arXiv 2404.07946](https://arxiv.org/abs/2404.07946); formula and numbers after SpeeD's code with its "
     "slips mended, not checked against the paper",
     parameters=(
@@ -38,7 +38,7 @@ def beta(process: ForwardProcess, settings: SpeeDSettings, *, alpha: float) -> T
     needs_progress=True,
 )
 def clts(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float, horizon: float) -> Tensor:
-    """L N(t) + (1 - l) / T with l growing from 0 to 1 at the horizon, where it stays.
+    """l N(t) + (1 - l) / T with l growing from 0 to 1 at the horizon, where it stays.
 
     The authors of SpeeD wrote the exponent as -(t - mu)^2 / 2 * T^2, which is a spike, and let l grow beyond 1, which
     makes probabilities negative; here it is -(t - mu)^2 / (2 std^2) with std = T, and l stops at 1.

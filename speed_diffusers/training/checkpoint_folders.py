@@ -32,7 +32,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to go on from, its files checked against their hashes.
+    """The checkpoint to resume from, its files checked against their hashes.
 
     Args:
         output_dir: Folder of the run.
@@ -63,7 +63,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
 
 
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Renames the checkpoints of later steps to `<name>.abandoned`: a run that goes on from `step` makes others.
+    """Renames the checkpoints of later steps to `<name>.abandoned`: a run that resumes from `step` makes others.
 
     Left where they are, "latest" would return to them, and pruning would spare them for the new ones.
     """
@@ -72,7 +72,7 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
             target = folder.with_name(f"{folder.name}.abandoned")
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)
-            logger.warning("Going on from step %d: %s is now %s", step, folder.name, target.name)
+            logger.warning("Resuming from step %d: %s is now %s", step, folder.name, target.name)
 
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None, keep: int) -> None:

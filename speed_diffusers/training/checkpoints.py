@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on exactly: safetensors and JSON in one folder, written whole or not at all.
+"""Checkpoints from which a run resumes exactly: safetensors and JSON in one folder, written whole or not at all.
 
 A checkpoint holds full tensors, whatever the run was sharded over, so it resumes on any number of processes. There is
 no generator or loader state in it: draws and data order are functions of the step. Nothing is ever unpickled.
@@ -73,7 +73,7 @@ def save_checkpoint(
         output_dir: Folder of the run.
         step: Optimizer steps done.
         model: The model without its data-parallel wrapper.
-        ema: Its moving average.
+        ema: Its EMA weights.
         optimizer: The optimizer itself, not accelerate's wrapper.
         state: Anything else to keep, as JSON values.
         is_main_process: Whether this process writes.
@@ -142,7 +142,7 @@ def load_checkpoint(
     Args:
         folder: From `find_checkpoint`.
         model: The model without its data-parallel wrapper.
-        ema: Its moving average.
+        ema: Its EMA weights.
         optimizer: The optimizer itself, not accelerate's wrapper.
 
     Raises:

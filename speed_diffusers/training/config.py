@@ -42,11 +42,13 @@ class _DataAndModel(Options):
     """The options that stand before SpeeD's."""
 
     # Data
-    dataset_name: str | None = option(None, "Dataset on the Hub, or 'embedded' for the shipped Fashion-MNIST images.")
+    dataset_name: str | None = option(
+        None, "Dataset on the Hub, or 'embedded' for the Fashion-MNIST images in the package."
+    )
     dataset_config_name: str | None = option(None, "Configuration of the dataset, if it has several.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset on the Hub.")
     dataset_split: str = option("train", "Split to train on.")
-    train_data_dir: str | None = option(None, "Sub-folders of images a class, or parquet files.", free=True)
+    train_data_dir: str | None = option(None, "One sub-folder of images per class, or parquet files.", free=True)
     image_column: str = option("image", "Column that holds the images.")
     label_column: str | None = option("label", "Column that holds the classes; None trains without classes.")
     max_train_samples: int | None = option(None, "Train on the first so many images only.", interval="[1, inf)")
@@ -65,7 +67,7 @@ class _DataAndModel(Options):
     num_classes: int | None = option(None, "Classes of the model; None: as many as the data has.", interval="[0, inf)")
     pretrained_model_name_or_path: str | None = option(None, "DiT to fine-tune: run, pipeline folder, Hub id.")
     pretrained_vae_model_name_or_path: str = option(
-        "stabilityai/sd-vae-ft-ema", "AutoencoderKL: folder, Hub id, or 'embedded' for the shipped one."
+        "stabilityai/sd-vae-ft-ema", "AutoencoderKL: folder, Hub id, or 'embedded' for the one in the package."
     )
     revision: str | None = option(None, "Branch, tag or commit of the pretrained model on the Hub.")
     tie_embedders: bool = option(True, "One timestep and label embedder for all blocks, as in DiT.")

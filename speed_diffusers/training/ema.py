@@ -24,7 +24,7 @@ def fitted_decay(max_train_steps: int, fraction: float = 0.05) -> float:
 
 
 class ExponentialMovingAverage:
-    """Float32 average of the parameters, updated by one foreach operation a step.
+    """Float32 average of the parameters, updated by one foreach operation per step.
 
     Make it after the model has been moved, wrapped and sharded, so that the average lives where its parameters do.
 
@@ -41,8 +41,8 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the parameters, once an optimizer step."""
-        # Not detached: no gradient is recorded here, and detaching would cost the host an operation a tensor.
+        """Moves the average towards the parameters, once per optimizer step."""
+        # Not detached: no gradient is recorded here, and detaching would cost the host an operation per tensor.
         current = [parameter.float() for parameter in self._parameters]
         torch._foreach_lerp_(self._averages, current, 1.0 - self.decay)
 

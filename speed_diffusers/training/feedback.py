@@ -1,4 +1,4 @@
-"""Tells a density that learns the errors of the training, every so many optimizer steps."""
+"""Tells a loss-aware density the errors of the training, every so many optimizer steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

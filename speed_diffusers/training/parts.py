@@ -178,7 +178,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_same_step(accelerator: Accelerator, checkpoint: Path | None) -> None:
-    """Makes sure that all processes go on from the same checkpoint.
+    """Checks that all processes resume from the same checkpoint.
 
     Raises:
         InputError: They do not: the machines of the run see different folders.

@@ -59,7 +59,7 @@ def describe_plan(inputs: Inputs) -> str:
         "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{side}x{side}",
         "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
         "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
-        f"{layout.per_device} a device x {layout.processes} process(es) x {layout.accumulation} accumulated",
+        f"{layout.per_device} per device x {layout.processes} process(es) x {layout.accumulation} accumulated",
         "speed": "{speed_sampling} sampling, {speed_weighting} weighting".format(**config.speed),
         "target": config.prediction_type + (", learned variance" if config.variance_type == LEARNED_RANGE else ""),
         "draws": shares,
@@ -117,19 +117,19 @@ def save_state(run: TrainingRun, step: int) -> None:
 
 @labelled("validation")
 def save_validation_grid(run: TrainingRun, step: int) -> None:
-    """Draws the same noise and classes as ever with the averaged weights, to a PNG and TensorBoard."""
-    pipeline = averaged_pipeline(run)
+    """Generates images of the same noise and classes as ever with the EMA weights, to a PNG and TensorBoard."""
+    pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         folder = run.output_dir / VALIDATION_FOLDER
         folder.mkdir(exist_ok=True)
-        draw_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
+        save_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
     run.accelerator.wait_for_everyone()
 
 
 def save_results(run: TrainingRun) -> None:
-    """Exports the averaged weights as a plain pipeline and draws `samples.png` with it."""
+    """Exports the EMA weights as a plain pipeline and generates `samples.png` with it."""
     began = time.perf_counter()
-    pipeline = averaged_pipeline(run)
+    pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         settings = config_dict(repeatable(run.config, run.layout.accumulation))
         shared = {key: value for key, value in settings.items() if key not in PRIVATE_OPTIONS}
@@ -137,7 +137,7 @@ def save_results(run: TrainingRun) -> None:
         save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
         config = run.config
         title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
-        draw_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+        save_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
         records = read_metrics(run.output_dir / METRICS_FILE)
         history = ErrorHistory.from_records(records, config.num_train_timesteps)
         title = f"{config.model}, {config.prediction_type}: error by timestep"
@@ -187,8 +187,8 @@ def save_final_score(run: TrainingRun, pipeline: DiTPipeline) -> None:
     print(f"Score: {words} ({score.protocol.in_words()}).")
 
 
-def averaged_pipeline(run: TrainingRun) -> DiTPipeline:
-    """A stock pipeline with the averaged weights; every process must call it."""
+def ema_pipeline(run: TrainingRun) -> DiTPipeline:
+    """A stock pipeline with the EMA weights; every process must call it."""
     transformer = export_transformer(run.core.transformer.config, full_tensors(run.ema.state_dict()))
     names = run.source.label_names
     pipeline = inference_pipeline(transformer, run.vae, run.scheduler, names)
@@ -196,8 +196,8 @@ def averaged_pipeline(run: TrainingRun) -> DiTPipeline:
     return pipeline.to(run.accelerator.device)
 
 
-def draw_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, step: int) -> None:
-    """One row of samples a class."""
+def save_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, step: int) -> None:
+    """One row of samples per class."""
     config = run.config
     rows = choose_classes(config.validation_class_labels, embedding_row_names(run.source.label_names))
     images = class_samples(

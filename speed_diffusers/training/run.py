@@ -54,7 +54,7 @@ class TrainingRun:
     scheduler: TrainingScheduler
     learned_variance: LearnedVariance | None
     feedback: ErrorFeedback | None
-    """Of a density that learns from errors; None for all others."""
+    """Of a loss-aware density from errors; None for all others."""
     source: ImageSource
     vae: AutoencoderKL
     core: TrainableDiT
@@ -119,15 +119,15 @@ class TrainingRun:
     def latents(self, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
         """Latents of a batch, float32 (B, C, h, w), from cached moments or by encoding its images."""
         device = self.accelerator.device
-        mirrored = draws.flipped[:, None, None, None]
+        is_flipped = draws.flipped[:, None, None, None]
         if "moments" in batch:
             moments = batch["moments"].to(device, non_blocking=True)
             if "moments_flipped" in batch:
                 flipped = batch["moments_flipped"].to(device, non_blocking=True)
-                moments = torch.where(mirrored, flipped, moments)
+                moments = torch.where(is_flipped, flipped, moments)
         else:
             pixels = batch["pixel_values"].to(device, non_blocking=True).float() / 127.5 - 1.0
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            pixels = torch.where(is_flipped, pixels.flip(-1), pixels)
             moments = self.vae.encode(pixels).latent_dist.parameters
         return sample_latents(moments, draws.encoder_noise, self.vae.config["scaling_factor"])
 

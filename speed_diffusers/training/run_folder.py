@@ -1,4 +1,4 @@
-"""The folder of a run: what it may be, whether a run may go on in it, and what is put there first."""
+"""The folder of a run: what it may be, whether a run may be resumed in it, and what is put there first."""
 
 import shutil
 from dataclasses import fields, replace
@@ -42,10 +42,10 @@ def load_run_config(folder: Path) -> TrainConfig:
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
-    """Makes sure that the folder can be written and that no earlier run is overwritten by accident.
+    """Checks that the folder can be written and that no earlier run is overwritten by accident.
 
     Returns:
-        The checkpoint to go on from, or None to begin at step 0.
+        The checkpoint to resume from, or None to begin at step 0.
 
     Raises:
         InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good.
@@ -58,18 +58,18 @@ def check_output_dir(config: TrainConfig) -> Path | None:
         goes_on = goes_on or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve())
     if is_run(folder) and not (goes_on or config.overwrite_output_dir or config.dry_run):
         raise InputError(
-            f"output_dir={folder} holds a run already: go on with resume_from_checkpoint=latest, take another "
+            f"output_dir={folder} holds a run already: resume it with resume_from_checkpoint=latest, take another "
             "output_dir, or delete that run with overwrite_output_dir=true."
         )
     return checkpoint
 
 
 def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[str, Any]) -> None:
-    """Makes sure that a resumed run computes what the interrupted one would have.
+    """Checks that a resumed run computes what the interrupted one would have.
 
     Args:
         config: Options of the resumed run.
-        checkpoint: Where it goes on from.
+        checkpoint: What it resumes from.
         current: What else must be as it was, by the names under which the checkpoint's state has it.
 
     Raises:

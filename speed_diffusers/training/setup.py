@@ -145,7 +145,7 @@ def make_loader(
         # A forked worker of a process with threads can deadlock.
         multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
         pin_memory=inputs.accelerator.device.type == "cuda",
-        # Its own generator: an iterator would otherwise draw its workers' seed from torch's global one.
+        # Its own generator: an iterator would otherwise take its workers' seed from torch's global one.
         generator=torch.Generator(),
     )
 

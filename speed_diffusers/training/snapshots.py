@@ -82,7 +82,7 @@ def find_models(names: list[str], *, checkpoints: bool, weights: str, output_dir
             raise InputError(f"models={name} and {models[scores_dir].name} would share the scores in {scores_dir}.")
         places = run_places(folder, checkpoints=checkpoints, weights=weights) if has_run else [pipeline_place(name)]
         if weights != "ema" and not has_run:
-            raise InputError(f"weights={weights}: {name} is a pipeline, which holds averaged weights (weights=ema).")
+            raise InputError(f"weights={weights}: {name} is a pipeline, which holds EMA weights (weights=ema).")
         models[scores_dir] = ModelToScore(name, scores_dir, places)
     return list(models.values())
 
@@ -123,7 +123,7 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
 
 
 def global_batch_of(checkpoints: list[Path]) -> int | None:
-    """Images an optimizer step, which a run keeps; None if no checkpoint tells."""
+    """Images per optimizer step, which a run keeps; None if no checkpoint tells."""
     for checkpoint in checkpoints:
         try:
             return int(read_state(checkpoint)["global_batch"])

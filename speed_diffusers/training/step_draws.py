@@ -31,7 +31,7 @@ class StepDraws:
     Attributes:
         timesteps: (G,), int64; float32 of a flow.
         dropped: bool (G,), samples trained without their label.
-        flipped: bool (G,), samples mirrored left to right.
+        flipped: bool (G,), samples flipped left to right.
         noise: float32 (G, C, H, W), what is added to the latents.
         encoder_noise: float32 (G, C, H, W), what samples the VAE's posterior.
     """
@@ -63,7 +63,7 @@ class StepDraws:
             step: Optimizer step, from 0.
             latent_shape: (global batch, C, H, W).
             class_dropout_prob: Share of samples without their label.
-            random_flip: Whether half of the samples are mirrored.
+            random_flip: Whether half of the samples are flipped.
             device: Where the results live.
             progress: Share of the training that is done, for densities that change in its course.
         """

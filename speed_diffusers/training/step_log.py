@@ -33,7 +33,7 @@ class StepLog:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
         device = run.accelerator.device
-        # Loss, error without weight, variance term.
+        # Loss, unweighted MSE, variance term.
         self.sums = torch.zeros(3, device=device)
         self.bins = ErrorBins(run.config.num_train_timesteps, device)
         self._marked = time.perf_counter()

@@ -15,7 +15,7 @@ _PACKAGES = {"comet_ml": "comet-ml"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Makes sure that every tracker exists and is installed; accelerate itself only warns and goes on without.
+    """Checks that every tracker exists and is installed; accelerate itself only warns and leaves it out.
 
     Raises:
         InputError: Unknown tracker, or its package is missing; the message gives the pip line.
@@ -30,11 +30,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class MetricsFile:
-    """A JSON object a line, appended to and flushed at once.
+    """A JSON object per line, appended to and flushed at once.
 
     Args:
         path: File to write.
-        first_step: Step from which the run goes on: lines of later steps, written before a crash, are dropped, and so
+        first_step: Step from which the run resumes: lines of later steps, written before a crash, are dropped, and so
             is a last line that was cut short.
     """
 

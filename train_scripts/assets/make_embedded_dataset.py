@@ -4,7 +4,7 @@
     python train_scripts/assets/make_embedded_dataset.py split=train per_class=0 output=fashion_mnist_train.parquet
     python train_scripts/assets/make_embedded_dataset.py split=test per_class=0 output=fashion_mnist_test.parquet
 
-The first command makes the shipped set (9,000 images, seconds). The source is the four IDX files of Fashion-MNIST
+The first command makes the embedded set (9,000 images, seconds). The source is the four IDX files of Fashion-MNIST
 (MIT), for example from the Debian package dataset-fashion-mnist.
 """
 

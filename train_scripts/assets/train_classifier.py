@@ -42,7 +42,7 @@ class ClassifierSettings(ImageSettings):
 
     output_dir: str = option("classifier", "Folder for the two files.")
     max_train_steps: int = option(3600, "Optimizer steps.", interval="[1, inf)")
-    train_batch_size: int = option(128, "Images a step.", interval="[1, inf)")
+    train_batch_size: int = option(128, "Images per step.", interval="[1, inf)")
     learning_rate: float = option(4e-3, "Peak of the cosine schedule.", interval="(0, inf)")
     weight_decay: float = option(0.05, "AdamW weight decay.", interval="[0, inf)")
     label_smoothing: float = option(0.05, "Share of the target spread over all classes.", interval="[0, 1)")
@@ -59,7 +59,7 @@ class ClassifierSettings(ImageSettings):
 def random_shift(images: torch.Tensor, max_shift: int, generator: torch.Generator) -> torch.Tensor:
     """Shifts each image (N, C, H, W) by its own up to `max_shift` pixels each way, filling with zeros.
 
-    No mirroring: shoes of Fashion-MNIST all point left, and a mirrored generated shoe should count as odd.
+    No flipping: shoes of Fashion-MNIST all point left, and a flipped generated shoe should count as odd.
     """
     if max_shift == 0:
         return images
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     weights = output / "classifier.safetensors"
     save_classifier(classifier, weights)
-    stored = load_classifier(weights)  # measured as shipped, after rounding to half precision
+    stored = load_classifier(weights)  # measured as stored, after rounding to half precision
     measured = None if validation is None else accuracy(stored, validation, settings)
     report = {
         "command": shlex.join(["python", "train_scripts/assets/train_classifier.py", *argv]),

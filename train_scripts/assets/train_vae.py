@@ -49,7 +49,7 @@ class VAESettings(ImageSettings):
 
     output_dir: str = option("vae", "Folder for the VAE; replaces one there.")
     max_train_steps: int = option(3600, "Optimizer steps.", interval="[1, inf)")
-    train_batch_size: int = option(64, "Images a step.", interval="[1, inf)")
+    train_batch_size: int = option(64, "Images per step.", interval="[1, inf)")
     learning_rate: float = option(2e-3, "Peak of the cosine schedule.", interval="(0, inf)")
     kl_weight: float = option(5e-4, "Weight of the KL term, per latent value in nats.", interval="[0, inf)")
     block_out_channels: list[int] = option([16, 32, 48], "Channels of each level; each halves the size.")
@@ -86,7 +86,7 @@ def make_vae(settings: VAESettings) -> AutoencoderKL:
 
 
 def shuffled_images(source: ImageSource, settings: VAESettings, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless batches (B, 3, R, R) in [0, 1], each epoch in an order drawn at its start and without a rest."""
+    """Endless batches (B, 3, R, R) in [0, 1], each epoch in an order made at its start and without a rest."""
     batch_size = min(settings.train_batch_size, len(source))
     read = batch_reader(source, settings, images_to_read=settings.max_train_steps * batch_size)
     while True:
@@ -98,7 +98,7 @@ def shuffled_images(source: ImageSource, settings: VAESettings, generator: torch
 def train(vae: AutoencoderKL, source: ImageSource, settings: VAESettings) -> None:
     """Squared error plus a small KL term: the evidence bound of a Gaussian decoder, up to a factor.
 
-    One generator draws the order of the images and the latent noise, as they are needed. The shipped VAE follows from
+    One generator draws the order of the images and the latent noise, as they are needed. The embedded VAE follows from
     the order of these draws and of the operations in `losses`: whoever changes either makes another VAE.
     """
     generator = torch.Generator().manual_seed(settings.seed)
