@@ -35,7 +35,7 @@ from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer
 from speed_diffusers.training.profiling import PARTS, OperationCounter
 from speed_diffusers.training.run import Inputs, TrainingRun
 from speed_diffusers.training.setup import temporary_run
-from speed_diffusers.training.step import training_steps
+from speed_diffusers.training.step import draws_of, training_steps
 from speed_diffusers.training.step_log import StepLog
 
 NETWORK = "network"
@@ -146,7 +146,7 @@ def compare(run: TrainingRun, counter: OperationCounter, steps: int) -> dict[str
 
 def loss_backward(run: TrainingRun) -> int:
     """Operations of a batch from the loss to the gradient of the network's output."""
-    draws = run.draws(0)
+    draws = draws_of(run, 0)
     prediction = torch.zeros_like(draws.noise, requires_grad=True)
     rows = torch.zeros_like(draws.timesteps)
     result = denoising_loss(lambda *_: prediction, run.scheduler, draws.noise, rows, draws.timesteps, draws.noise)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .process import ForwardProcess
 from .settings import SpeeDSettings
-from .timesteps import DRAWS, INDEPENDENT, draw_uniform, drawn_pmf
+from .timesteps import DRAWS, INDEPENDENT, drawn_pmf
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def draw(
     source, target = draw_devices(generator, device)
     if tables.randint:
         steps = tables.process.num_train_timesteps
-        return draw_uniform(steps, batch_size, generator=generator, device=source).to(target, non_blocking=True)
+        # The very call of diffusers' training scripts.
+        uniform = torch.randint(0, steps, (batch_size,), generator=generator, device=source)
+        return uniform.to(target, non_blocking=True)
     cumulative = tables.on_device("cumulative", source)
     function = DRAWS[tables.draw].function
     return function(cumulative, batch_size, generator, tables.pivot).to(target, non_blocking=True)

@@ -15,7 +15,6 @@ from .draw import (
     INDEPENDENT,
     PAIRED,
     draw_independent,
-    draw_uniform,
     drawn_pmf,
     dual_steps,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "LossAwareDensity",
     "Density",
     "draw_independent",
-    "draw_uniform",
     "drawn_pmf",
     "dual_steps",
     "normalised",

@@ -26,13 +26,6 @@ DRAWS: Registry[Draw] = Registry("draw (speed_draw)")
 INDEPENDENT, PAIRED = "independent", "paired"
 
 
-def draw_uniform(
-    num_train_timesteps: int, batch_size: int, *, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    """Uniform timesteps, int64 (batch_size,), by the very call that diffusers' training scripts make."""
-    return torch.randint(0, num_train_timesteps, (batch_size,), generator=generator, device=device)
-
-
 def draw_independent(cumulative: Tensor, batch_size: int, *, generator: torch.Generator | None) -> Tensor:
     """Independent draws by inversion of the cumulative distribution, without host synchronisation.
 

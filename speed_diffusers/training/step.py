@@ -3,9 +3,13 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from ..data.latents import sample_latents
+from ..errors import InputError
 from ..objective import DenoisingLoss, denoising_loss, drop_labels
 from .profiling import labelled
 from .run import TrainingRun
@@ -59,9 +63,9 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
     """
     config, accelerator, layout = run.config, run.accelerator, run.layout
     max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
-    batches = run.batches()
+    batches = batches_of(run)
     for step in range(run.first_step, config.max_train_steps):
-        draws = run.draws(step)
+        draws = draws_of(run, step)
         micro_steps = []
         for index in range(layout.accumulation):
             with labelled("data"):
@@ -86,8 +90,11 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
 
 def _learn(run: TrainingRun, step: int, batch: dict[str, Tensor], draws: StepDraws) -> MicroStep:
     """Adds the gradients of one batch; `draws` are those of its images."""
-    clean = run.latents(batch, draws)
-    class_rows = drop_labels(run.labels(batch), draws.dropped)
+    clean = latents_of(run, batch, draws)
+    labels = batch["labels"].to(run.accelerator.device, non_blocking=True)
+    if not run.source.num_classes:
+        labels = torch.full_like(labels, -1)
+    class_rows = drop_labels(labels, draws.dropped)
     with labelled("forward and loss"):
         result = denoising_loss(
             run.model,
@@ -104,3 +111,50 @@ def _learn(run: TrainingRun, step: int, batch: dict[str, Tensor], draws: StepDra
     if run.feedback is not None:
         run.feedback.add(draws.timesteps, result.squared_error)
     return MicroStep(replace(result, loss=result.loss.detach()), draws.timesteps)
+
+
+@labelled("draws")
+def draws_of(run: TrainingRun, step: int) -> StepDraws:
+    """Everything random of an optimizer step, for the global batch."""
+    config, shape = run.config, cast(Any, run.core.transformer.config)
+    return StepDraws.at_step(
+        run.scheduler,
+        seed=config.seed,
+        step=step,
+        latent_shape=(run.layout.global_batch, shape.in_channels, shape.sample_size, shape.sample_size),
+        class_dropout_prob=config.class_dropout_prob,
+        random_flip=config.random_flip,
+        device=run.accelerator.device,
+        progress=run.progress(step),
+    )
+
+
+def batches_of(run: TrainingRun) -> Iterator[dict[str, Tensor]]:
+    """Batches of this process, micro-step by micro-step.
+
+    Raises:
+        InputError: An image is damaged; the message names it.
+    """
+    try:
+        yield from run.loader
+    except InputError as error:
+        # A loader's worker sends its whole traceback as the message; the line is its last.
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+
+
+@labelled("latents")
+@torch.no_grad()
+def latents_of(run: TrainingRun, batch: dict[str, Tensor], draws: StepDraws) -> Tensor:
+    """Latents of a batch, float32 (B, C, h, w), from cached moments or by encoding its images."""
+    device = run.accelerator.device
+    is_flipped = draws.flipped[:, None, None, None]
+    if "moments" in batch:
+        moments = batch["moments"].to(device, non_blocking=True)
+        if "moments_flipped" in batch:
+            flipped = batch["moments_flipped"].to(device, non_blocking=True)
+            moments = torch.where(is_flipped, flipped, moments)
+    else:
+        pixels = batch["pixel_values"].to(device, non_blocking=True).float() / 127.5 - 1.0
+        pixels = torch.where(is_flipped, pixels.flip(-1), pixels)
+        moments = run.vae.encode(pixels).latent_dist.parameters
+    return sample_latents(moments, draws.encoder_noise, run.vae.config["scaling_factor"])
