@@ -27,6 +27,8 @@ class TrainingScheduler(Protocol):
 
     def loss_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor: ...
 
+    def importance_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor: ...
+
 
 class Denoiser(Protocol):
     """A network from noisy latents, timesteps and label rows to the prediction."""
@@ -94,8 +96,8 @@ def denoising_loss(
     """Weighted denoising loss of one batch.
 
     DDPM, arXiv 2006.11239, equation 14, with a weight per timestep; with a learned variance the hybrid loss of arXiv
-    2102.09672, equation 16, in the scale of DiT: squared error plus T/1000 times the bound's term in bits
-    per dimension.
+    2102.09672, equation 16: squared error plus T/1000 times the bound's term in bits per dimension, which is IDDPM's
+    RESCALED_MSE. DiT's code has the coefficient 1 at every T; at T = 1000 the two are equal.
 
     Args:
         model: The network.
@@ -120,5 +122,7 @@ def denoising_loss(
     if learned_variance is None:
         return DenoisingLoss(loss, squared_error.detach())
     bits = learned_variance.bits(variance_values, error, clean, timesteps)
-    loss = loss + learned_variance.scale * (weights * bits if learned_variance.weighted else bits).mean()
+    # What undoes the density holds for the whole loss, whether the loss weight does or not.
+    counted = weights if learned_variance.weighted else scheduler.importance_weights(timesteps, progress)
+    loss = loss + learned_variance.scale * (counted * bits).mean()
     return DenoisingLoss(loss, squared_error.detach(), bits.detach())

@@ -65,11 +65,17 @@ class ForwardProcess:
         shift, as in diffusers' own scripts.
 
         Raises:
-            InputError: The scheduler has neither betas nor a flow's shift, or fewer than two training timesteps.
+            InputError: The scheduler has neither betas nor a flow's shift, or not as many betas as timesteps.
         """
         betas = getattr(scheduler, "betas", None)
         if isinstance(betas, Tensor):
             _check_size(betas.numel())
+            wanted = getattr(scheduler, "config", {}).get("num_train_timesteps", betas.numel())
+            if betas.numel() != wanted:
+                raise InputError(
+                    f"The scheduler has {betas.numel()} betas, but num_train_timesteps={wanted}: give trained_betas as "
+                    f"many values, or set num_train_timesteps={betas.numel()}."
+                )
             betas = betas.detach().to("cpu", torch.float64)
             noise_level = 1.0 - torch.cumprod(1.0 - betas, dim=0)
             own = getattr(scheduler, "alphas_cumprod", None)
@@ -97,7 +103,7 @@ class ForwardProcess:
             alphas_cumprod: Shape (T,), in [0, 1], nowhere growing: index 0 has the least noise.
 
         Raises:
-            InputError: Another shape, fewer than two values, values outside [0, 1], or growing ones.
+            InputError: Another shape, no values, values outside [0, 1], or growing ones.
         """
         signal = _checked(alphas_cumprod, "alphas_cumprod", rising=False)
         return cls(1.0 - signal, torch.log(signal) - torch.log1p(-signal))
@@ -110,7 +116,7 @@ class ForwardProcess:
             sigmas: Shape (T,), in [0, 1], nowhere falling: index 0 has the least noise.
 
         Raises:
-            InputError: Another shape, fewer than two values, values outside [0, 1], or falling ones.
+            InputError: Another shape, no values, values outside [0, 1], or falling ones.
         """
         sigmas = _checked(sigmas, "sigmas", rising=True)
         log_snr = 2.0 * (torch.log1p(-sigmas) - torch.log(sigmas))
@@ -121,7 +127,7 @@ class ForwardProcess:
         """The rectified flow at times u = 1/T, 2/T, ..., 1, with sigma = shift u / (1 + (shift - 1) u).
 
         Raises:
-            InputError: Fewer than two timesteps, or a shift that is not above 0.
+            InputError: No timesteps, or a shift that is not above 0.
         """
         _check_size(num_train_timesteps)
         if not (math.isfinite(shift) and shift > 0):
@@ -169,7 +175,7 @@ class ForwardProcess:
     @cached_property
     def log_snr_speed(self) -> Tensor:
         """|d log SNR / dt|, shape (T,), float64: what turns a density over log SNR into one over timesteps."""
-        return torch.gradient(self.finite_log_snr)[0].abs()
+        return derivative(self.finite_log_snr).abs()
 
     @property
     def flow_logit(self) -> Tensor:
@@ -193,7 +199,7 @@ class ForwardProcess:
     @cached_property
     def change(self) -> Tensor:
         """Derivative of the noise level over t, shape (T,), float64: central differences, one-sided at the ends."""
-        return torch.gradient(self.noise_level)[0]
+        return derivative(self.noise_level)
 
     @property
     def fastest_step(self) -> int:
@@ -211,7 +217,7 @@ class ForwardProcess:
         That is sqrt(n) on a variance-preserving process and sigma on a rectified flow.
         """
         deviation = self.noise_level.sqrt() if self.flow_shift is None else self.sigma
-        return torch.gradient(deviation)[0]
+        return derivative(deviation)
 
     @property
     def dual_pivot(self) -> int:
@@ -263,9 +269,23 @@ def is_rectified_flow(scheduler: Any) -> bool:
     )
 
 
+def derivative(values: Tensor) -> Tensor:
+    """Derivative over t, (T,): central differences, one-sided at the ends.
+
+    Raises:
+        InputError: There is one timestep only.
+    """
+    if len(values) < 2:
+        raise InputError(
+            "num_train_timesteps=1: nothing changes over one timestep; SpeeD needs at least 2, and one is for "
+            "speed_sampling='uniform' with speed_weighting='none' alone."
+        )
+    return torch.gradient(values)[0]
+
+
 def _check_size(num_train_timesteps: int) -> None:
-    if num_train_timesteps < 2:
-        raise InputError(f"num_train_timesteps={num_train_timesteps}: SpeeD needs at least 2 training timesteps.")
+    if num_train_timesteps < 1:
+        raise InputError(f"num_train_timesteps={num_train_timesteps}: must be at least 1.")
 
 
 def _checked(values: Tensor, name: str, *, rising: bool) -> Tensor:

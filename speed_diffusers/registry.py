@@ -37,7 +37,7 @@ class Parameter:
     whole: bool = False
 
     def allows(self, value: float) -> bool:
-        """Whether a value lies in the interval (and is whole, if it must be); nan and infinities never do."""
+        """Whether a value lies in the interval (and is whole, if it must be); nan never does."""
         return value in Interval(self.interval) and (not self.whole or value == int(value))
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 Schedulers are thin wrappers around this; it serves loops without a diffusers scheduler just as well.
 """
 
-import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -29,9 +29,7 @@ from .timesteps import (
 )
 from .weightings import WEIGHTINGS
 
-logger = logging.getLogger(__name__)
-
-BATCHES_BEFORE_WARNING = 1000
+BATCHES_BEFORE_WARNING = 200
 
 PROGRESS_STEPS = 1000
 """What changes in training changes in so many steps, so that a batch seldom waits for new tables."""
@@ -113,11 +111,12 @@ class SpeeDStrategy:
         if self._learner is not None:
             self._batches_unlearned += 1
             if self._batches_unlearned == BATCHES_BEFORE_WARNING:
-                logger.warning(
-                    "speed_sampling='%s' learns from the errors of the training, but %d batches were drawn without "
-                    "update_speed, so it stays as it is. Give it the errors of each timestep.",
-                    self._sampling,
-                    BATCHES_BEFORE_WARNING,
+                # Not logged: a script's own handlers may leave out what a library logs.
+                warnings.warn(
+                    f"speed_sampling='{self._sampling}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were drawn "
+                    "without update_speed, so it stays as it is. Tell it the losses of each timestep.",
+                    UserWarning,
+                    stacklevel=4,
                 )
         return self.tables(progress)
 
@@ -183,4 +182,6 @@ class SpeeDStrategy:
         weights = self._weights if importance is None else self._weights * importance
         if self.options.normalize_weights:
             weights = weights / (drawn_pmf(pmf, self.options.draw, self.pivot) * weights).sum()
-        return SpeeDTables(self.process, settings, pmf, weights, self.options.draw, self.pivot, self.randint)
+        return SpeeDTables(
+            self.process, settings, pmf, weights, importance, self.options.draw, self.pivot, self.randint
+        )

@@ -21,7 +21,8 @@ class SpeeDTables:
         process: The forward process.
         settings: Resolved k, tau and lambda, at the progress that the tables are for.
         pmf: The density: probability of each timestep, shape (T,), summing to 1.
-        weights: Loss weight of each timestep, shape (T,), as `loss_weights` gives it.
+        weights: Loss weight of each timestep, shape (T,), as `loss_weights` gives it, importance included.
+        importance: What undoes the density in the loss, shape (T,), if it is undone; None: it is not.
         draw: Name of how a batch is drawn from the density.
         pivot: Timestep at which paired draws are mirrored; None for other draws.
         randint: Draws are `torch.randint`'s, the exact baseline.
@@ -31,6 +32,7 @@ class SpeeDTables:
     settings: SpeeDSettings
     pmf: Tensor
     weights: Tensor
+    importance: Tensor | None = None
     draw: str = INDEPENDENT
     pivot: int | None = None
     randint: bool = False
@@ -43,11 +45,13 @@ class SpeeDTables:
         return drawn_pmf(self.pmf, self.draw, self.pivot)
 
     def on_device(self, name: str, device: torch.device) -> Tensor:
-        """A float32 copy of "weights" or of the "cumulative" probabilities, made on first use."""
+        """A float32 copy of "weights", "importance" or the "cumulative" probabilities, made on first use."""
         key = (name, device)
         if key not in self._copies:
             if name == "weights":
                 table = self.weights.float()
+            elif name == "importance":
+                table = (torch.ones_like(self.weights) if self.importance is None else self.importance).float()
             else:
                 table = self.pmf.cumsum(0).float()
                 # Rounding must not leave a gap below 1 that a draw could fall through.
@@ -104,3 +108,16 @@ def weights(tables: SpeeDTables, timesteps: Tensor) -> Tensor:
         float32 of the same shape, on the same device.
     """
     return tables.on_device("weights", timesteps.device)[timesteps]
+
+
+def importance(tables: SpeeDTables, timesteps: Tensor) -> Tensor:
+    """What undoes the density in the loss of each timestep of a batch; 1 where it is not undone.
+
+    Args:
+        tables: What to look up in.
+        timesteps: int64, any shape, in [0, T).
+
+    Returns:
+        float32 of the same shape, on the same device.
+    """
+    return tables.on_device("importance", timesteps.device)[timesteps]

@@ -20,6 +20,10 @@ VARIANCE_TYPES = ("fixed_small", LEARNED_RANGE)
 BIN_HALF_WIDTH = 1 / 255
 """Half the distance of two of 256 values in [-1, 1]."""
 
+LEAST_LOG_MASS = math.log(1e-12)
+"""Log of the least mass that a bin counts with, as in DiT: at most 39.9 bits per dimension at t = 0. A network that
+predicts x_0 would begin with thousands, since the posterior of the first step is narrow."""
+
 EDGE = 0.999
 """Values beyond it belong to an outermost bin, which reaches to infinity."""
 
@@ -41,7 +45,7 @@ class LearnedVariance:
         table: float32 (T, 4), for each timestep: the range of the log variance, log beta_t - log posterior variance;
             the squared distance of the means over the posterior variance, and x_0 minus predicted x_0, each for an
             error of 1 in the prediction; and the log of the posterior variance.
-        scale: T / 1000, what the term counts in the loss: the same for each step whatever T is.
+        scale: T / 1000, what the term counts in the loss, as IDDPM's RESCALED_MSE; 1 at T = 1000, as DiT has it.
         weighted: Whether the loss weight of a timestep multiplies this term too, not only the squared error.
     """
 
@@ -140,7 +144,7 @@ def bin_log_likelihood(residual: Tensor, log_std: Tensor, clean: Tensor) -> Tens
         clean: The values themselves, same shape, which decide whether a bin is an outermost one.
 
     Returns:
-        Natural logarithms, at most 0, same shape; finite in the far tails too.
+        Natural logarithms, same shape, at most 0 and at least `LEAST_LOG_MASS`, beyond which there is no gradient.
     """
     inverse_std = torch.exp(-log_std)
     upper = (residual + BIN_HALF_WIDTH) * inverse_std
@@ -151,4 +155,4 @@ def bin_log_likelihood(residual: Tensor, log_std: Tensor, clean: Tensor) -> Tens
     log_high = torch.special.log_ndtr(high)
     inside = log_high + torch.log(-torch.expm1(torch.special.log_ndtr(low) - log_high))
     below, above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-    return torch.where(clean < -EDGE, below, torch.where(clean > EDGE, above, inside))
+    return torch.where(clean < -EDGE, below, torch.where(clean > EDGE, above, inside)).clamp_min(LEAST_LOG_MASS)

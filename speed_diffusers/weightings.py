@@ -137,13 +137,18 @@ def soft_min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: flo
 
 @WEIGHTINGS.register(
     "debiased",
-    summary="Debiased: SNR^-1/2 on epsilon, up to a limit.",
-    reference="[arXiv 2310.08442](https://arxiv.org/abs/2310.08442); the limit as in OneTrainer",
-    parameters=(Parameter("limit", 1000.0, "(0, 1000]", "largest weight on epsilon"),),
+    summary="Debiased: SNR^-1/2 on epsilon.",
+    reference="[arXiv 2310.08442](https://arxiv.org/abs/2310.08442) and its authors' code, which has no limit; "
+    "OneTrainer and kohya's scripts take max_snr=1000",
+    parameters=(
+        Parameter(
+            "max_snr", math.inf, "(0, inf]", "the SNR is clipped here, so no weight is smaller than its -1/2 power"
+        ),
+    ),
 )
-def debiased(process: ForwardProcess, settings: SpeeDSettings, *, limit: float) -> Tensor:
+def debiased(process: ForwardProcess, settings: SpeeDSettings, *, max_snr: float) -> Tensor:
     """Debiased estimation."""
-    return weights_by_snr(lambda snr: snr.rsqrt().clamp_max(limit), process, settings.prediction_type)
+    return weights_by_snr(lambda snr: snr.clamp_max(max_snr).rsqrt(), process, settings.prediction_type)
 
 
 @WEIGHTINGS.register(

@@ -1,7 +1,6 @@
 """What an option is: a dataclass field with its help, its range and its choices, and the text of `--help`."""
 
 import dataclasses
-import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ _PLAIN_WORDS: dict[type, str] = {int: "a whole number", float: "a finite number"
 
 @dataclass(frozen=True)
 class Interval:
-    """A range of numbers, as mathematics writes it: "[1, inf)", "(0, 1]", "[0, 2^63)"; never holds an infinity."""
+    """A range of numbers, as mathematics writes it: "[1, inf)", "(0, 1]", "[0, 2^63)"; "(0, inf]" holds infinity."""
 
     text: str
 
@@ -35,7 +34,7 @@ class Interval:
         low, high = self.ends
         above = value >= low if self.text[0] == "[" else value > low
         below = value <= high if self.text[-1] == "]" else value < high
-        return math.isfinite(value) and above and below
+        return above and below
 
     def __str__(self) -> str:
         return self.text

@@ -27,10 +27,10 @@ def frechet_distance_of(samples: Samples) -> Values:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Squared Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians.
 
-    Heusel et al. 2017, arXiv:1706.08500, equation 6. S1 S2 is similar to the symmetric, positive semi-definite
-    S1^(1/2) S2 S1^(1/2), so the trace of its root is the sum of the roots of that matrix's eigenvalues. Symmetric
-    eigenvalues stay real on rank-deficient covariances (fewer images than features), where a general matrix square
-    root turns complex or needs an epsilon.
+    Heusel et al. 2017, arXiv:1706.08500, equation 6. S1 S2 is similar to A A^T with A = S1^(1/2) S2^(1/2), so the trace
+    of its root is the sum of the singular values of A. They stay real on rank-deficient covariances (fewer images than
+    features), where a general matrix square root turns complex or needs an epsilon, and, unlike the eigenvalues of
+    A A^T, they are not squared, so that small directions keep their digits beside large ones.
 
     Args:
         first: Statistics with features of dimension D.
@@ -49,9 +49,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         raise InputError(
             f"features of classifier {first.extractor_sha256[:12]} and {second.extractor_sha256[:12]} do not compare."
         )
-    root = _positive_square_root(first.covariance)
-    product = root @ second.covariance @ root
-    trace_of_root = _roots(torch.linalg.eigvalsh((product + product.T) / 2)).sum()
+    product = _positive_square_root(first.covariance) @ _positive_square_root(second.covariance)
+    trace_of_root = torch.linalg.svdvals(product).sum()
     mean_part = (first.mean - second.mean).square().sum()
     distance = mean_part + first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
     return max(float(distance), 0.0)  # rounding can leave -1e-14 where the truth is 0
@@ -60,14 +59,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 def _positive_square_root(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric square root of a symmetric positive semi-definite matrix (D, D), float64."""
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    root: torch.Tensor = (vectors * _roots(eigenvalues)) @ vectors.T
-    return root
-
-
-def _roots(eigenvalues: torch.Tensor) -> torch.Tensor:
-    """Square roots of the eigenvalues (D,) of a positive semi-definite matrix, with those within rounding of 0 as 0.
-
-    Without the cut a zero that came out as 1e-16 would count as its root, 1e-8.
-    """
+    # A zero that came out as 1e-16 would count as its root, 1e-8.
     rounding = eigenvalues.abs().amax() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
-    return torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()
+    root: torch.Tensor = (vectors * torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()) @ vectors.T
+    return root

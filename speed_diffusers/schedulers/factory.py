@@ -67,7 +67,7 @@ def speed_scheduler(scheduler_or_config: SchedulerMixin | Mapping[str, Any], **s
     """
     for key in speed:
         if key not in SPEED_DEFAULTS:
-            raise unknown_name("SpeeD setting", key, SPEED_DEFAULTS)
+            raise unknown_name("SpeeD option", key, SPEED_DEFAULTS)
     if isinstance(scheduler_or_config, Mapping):
         name = scheduler_or_config.get("_class_name")
         if not isinstance(name, str):

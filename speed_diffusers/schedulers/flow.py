@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from ..errors import InputError
@@ -70,7 +69,8 @@ class SpeeDFlowMixin(SpeeDSchedulerMixin):
         source, target = draw_devices(generator, device)
         if tables.randint:
             steps = tables.process.num_train_timesteps
-            share = compute_density_for_timestep_sampling("none", batch_size, device=source, generator=generator)
+            # As diffusers' compute_density_for_timestep_sampling without a scheme, in float32 whatever the default is.
+            share = torch.rand(batch_size, device=source, generator=generator, dtype=torch.float32)
             indices = steps - 1 - (share * steps).long().clamp_max(steps - 1)
         else:
             indices = draw(tables, batch_size, generator, source)

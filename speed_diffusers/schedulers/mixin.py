@@ -1,18 +1,19 @@
 """The mixin that teaches a diffusers scheduler SpeeD's timestep sampling and loss weights."""
 
 import dataclasses
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Self, cast
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..predictions import FLOW_PREDICTION
 from ..process import Areas, ForwardProcess, is_rectified_flow
 from ..settings import PREFIX, SPEED_KEYS, SpeeDOptions
 from ..strategy import REGISTRIES, SpeeDStrategy
-from ..tables import SpeeDTables, draw, weights
+from ..tables import SpeeDTables, draw, importance, weights
 
 
 class SpeeDSchedulerMixin:
@@ -38,6 +39,41 @@ class SpeeDSchedulerMixin:
         if cls.__doc__ and issubclass(cls, SchedulerMixin):
             before, raises, after = cls.__doc__.partition("    Raises:\n")
             cls.__doc__ = f"{before}{_described_options()}{raises}{after}"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown `speed_` keywords, with the nearest one that there is."""
+        _check_keys(kwargs)
+        return super().__new__(cls)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from the config of this or a compatible one, as diffusers has it.
+
+        Args:
+            config: Config of a scheduler, or the content of a `scheduler_config.json`.
+            return_unused_kwargs: Return keywords that the class does not know too.
+            kwargs: Values to replace.
+
+        Raises:
+            InputError: A `speed_` key is unknown, which diffusers would leave out; or a value is outside its range.
+        """
+        _check_keys({**(config if isinstance(config, Mapping) else {}), **kwargs})
+        return cast(Any, super()).from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        # diffusers looks for the class itself by its name among its own.
+        found = cast(Any, super())._get_compatibles()
+        return [cls, *found, *(host for host in [cls._host()] if host not in found)]
+
+    @classmethod
+    def _host(cls) -> type:
+        """The scheduler class without SpeeD."""
+        return next(
+            each
+            for each in cls.__mro__
+            if issubclass(each, SchedulerMixin) and not issubclass(each, SpeeDSchedulerMixin)
+        )
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
@@ -110,6 +146,24 @@ class SpeeDSchedulerMixin:
         """
         return weights(self.speed_strategy.tables(progress), timesteps)
 
+    def importance_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor:
+        """What undoes the density in the loss of each timestep of a batch, for terms that carry no loss weight.
+
+        `loss_weights` holds it already. It is 1 for every density but importance sampling ("loss_second_moment"),
+        whose whole loss must be multiplied by it.
+
+        Args:
+            timesteps: As for `loss_weights`.
+            progress: As for `sample_timesteps`.
+
+        Returns:
+            float32 of the same shape, on the same device.
+
+        Raises:
+            InputError: `progress` is needed and not given, or outside [0, 1].
+        """
+        return importance(self.speed_strategy.tables(progress), self.timestep_indices(timesteps))
+
     def timestep_indices(self, timesteps: Tensor) -> Tensor:
         """Index in [0, T) of each timestep, int64, as `update_speed` counts them: here the timesteps themselves."""
         return timesteps
@@ -150,11 +204,7 @@ class SpeeDSchedulerMixin:
 
     def to_inference(self) -> SchedulerMixin:
         """The host scheduler without SpeeD, same schedule: what an exported pipeline carries."""
-        host = next(
-            cls
-            for cls in type(self).__mro__
-            if issubclass(cls, SchedulerMixin) and not issubclass(cls, SpeeDSchedulerMixin)
-        )
+        host = self._host()
         config = {key: value for key, value in cast(Any, self).config.items() if not key.startswith(PREFIX)}
         return cast(SchedulerMixin, cast(Any, host).from_config(config))
 
@@ -174,6 +224,13 @@ class SpeeDSchedulerMixin:
                     "or use speed_diffusers.functional."
                 )
         return SpeeDOptions.from_config(config, self._speed_prediction_type)
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    """Refuses keys that begin as SpeeD's and are none: a slip would silently train something else."""
+    for key in config:
+        if isinstance(key, str) and key.startswith(PREFIX) and key not in SPEED_KEYS:
+            raise unknown_name("SpeeD option", key, SPEED_KEYS)
 
 
 def _described_options() -> str:

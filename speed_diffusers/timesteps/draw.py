@@ -37,7 +37,7 @@ def draw_independent(cumulative: Tensor, batch_size: int, *, generator: torch.Ge
     Returns:
         int64 (batch_size,) in [0, T).
     """
-    uniform = torch.rand(batch_size, generator=generator, device=cumulative.device)
+    uniform = torch.rand(batch_size, generator=generator, device=cumulative.device, dtype=torch.float32)
     return torch.searchsorted(cumulative, uniform, right=True)
 
 
@@ -72,10 +72,12 @@ def stratified(cumulative: Tensor, batch_size: int, generator: torch.Generator |
     """One draw per stratum; strata are permuted, so that any slice of the batch is a fair sample of the density."""
     device = cumulative.device
     # By sorting, because randperm may wait for the device.
-    stratum = torch.rand(batch_size, generator=generator, device=device).argsort().to(torch.float32)
-    within = torch.rand(batch_size, generator=generator, device=device)
+    stratum = (
+        torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32).argsort().to(torch.float32)
+    )
+    within = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
     # In float32 the sum may round up into the next stratum, or to 1.
-    last = torch.nextafter((stratum + 1.0) / batch_size, torch.zeros((), device=device))
+    last = torch.nextafter((stratum + 1.0) / batch_size, torch.zeros((), device=device, dtype=torch.float32))
     return torch.searchsorted(cumulative, torch.minimum((stratum + within) / batch_size, last), right=True)
 
 

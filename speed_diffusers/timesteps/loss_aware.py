@@ -73,8 +73,8 @@ class LossSecondMoment(LossAwareDensity):
 @DENSITIES.register(
     "information_rate",
     summary="By the information that a step's noise destroys: running epsilon error times |d log SNR / dt|.",
-    reference="our reading of InfoNoise, [arXiv 2602.18647](https://arxiv.org/abs/2602.18647), by I-MMSE: d I / d log "
-    "SNR = epsilon error / 2; not checked against its algorithm",
+    reference="in no paper; by I-MMSE ([arXiv cs/0412108](https://arxiv.org/abs/cs/0412108)): d I / d log SNR is half "
+    "the error of epsilon",
     parameters=(
         Parameter("bins", 100, "[2, 10000]", "ranges of timesteps whose errors are averaged; T at most", True),
         Parameter("decay", 0.99, "[0, 1)", "of the running mean of each range's errors, an update"),
@@ -85,7 +85,7 @@ class LossSecondMoment(LossAwareDensity):
 class InformationRate(LossAwareDensity):
     """Timesteps in proportion to the entropy rate that the network's own errors show.
 
-    The draws are not undone in the loss: as in InfoNoise, only the distribution of the noise changes.
+    The draws are not undone in the loss: the distribution of the noise changes.
 
     State: `mean` (bins,), float64, the running mean of epsilon's squared error; `seen` (bins,), int64, updates.
     """

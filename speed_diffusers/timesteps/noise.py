@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..process import ForwardProcess
+from ..process import ForwardProcess, derivative
 from ..registry import Parameter
 from ..settings import SpeeDSettings
 from .density import DENSITIES
@@ -26,7 +26,7 @@ def _bell(standard: Tensor) -> Tensor:
 
 def _time_speed(process: ForwardProcess) -> Tensor:
     """du/dt of the flow's time u, shape (T,): 1/T everywhere on a flow."""
-    return torch.gradient(process.flow_time)[0]
+    return derivative(process.flow_time)
 
 
 @DENSITIES.register(

@@ -70,10 +70,11 @@ class StepDraws:
         size = latent_shape[0]
 
         def uniform(purpose: str) -> Tensor:
-            return torch.rand(size, generator=keyed_generator(seed, purpose, step))
+            return torch.rand(size, generator=keyed_generator(seed, purpose, step), dtype=torch.float32)
 
         def normal(purpose: str) -> Tensor:
-            return torch.randn(latent_shape, generator=keyed_generator(seed, purpose, step, device), device=device)
+            generator = keyed_generator(seed, purpose, step, device)
+            return torch.randn(latent_shape, generator=generator, device=device, dtype=torch.float32)
 
         generator = keyed_generator(seed, "timesteps", step)
         timesteps = scheduler.sample_timesteps(size, generator=generator, progress=progress)
