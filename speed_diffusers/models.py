@@ -23,6 +23,9 @@ NULL_CLASS = 1000
 
 PATCH_SIZES = (2, 4, 8)
 
+FUSED, FUSED_GAIN = (".to_q", ".to_k", ".to_v"), 2**-0.5
+"""Layers that are parts of one in DiT's own code, and what that makes of their Xavier bound: sqrt(6 / 4h)."""
+
 
 @dataclass(frozen=True)
 class DiTSize:
@@ -182,12 +185,14 @@ def initialise(model: TrainableDiT, generator: torch.Generator) -> None:
     """DiT's initialisation (Peebles and Xie, arXiv 2212.09748, section 3.2, adaLN-Zero).
 
     Xavier-uniform linear layers with zero bias, the patch embedding like a linear layer, embedders N(0, 0.02^2), and
-    zeros for every adaLN projection and the output layer.
+    zeros for every adaLN projection and the output layer. DiT's query, key and value are one layer (h, 3h), whose
+    Xavier bound is sqrt(2) smaller than that of three layers (h, h).
     """
     transformer = cast(Any, model.transformer)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight, generator=generator)
+            gain = FUSED_GAIN if name.endswith(FUSED) else 1.0
+            nn.init.xavier_uniform_(module.weight, gain=gain, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     patches = transformer.pos_embed.proj

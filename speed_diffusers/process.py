@@ -73,8 +73,8 @@ class ForwardProcess:
             wanted = getattr(scheduler, "config", {}).get("num_train_timesteps", betas.numel())
             if betas.numel() != wanted:
                 raise InputError(
-                    f"The scheduler has {betas.numel()} betas, but num_train_timesteps={wanted}: give trained_betas as "
-                    f"many values, or set num_train_timesteps={betas.numel()}."
+                    f"The scheduler has {betas.numel()} betas, but num_train_timesteps={wanted}: give as many "
+                    f"trained_betas, or set num_train_timesteps={betas.numel()}."
                 )
             betas = betas.detach().to("cpu", torch.float64)
             noise_level = 1.0 - torch.cumprod(1.0 - betas, dim=0)

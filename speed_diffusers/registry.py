@@ -182,7 +182,9 @@ class Registry(Mapping[str, Entry[F]]):
             raise InputError(f"{self.kind} '{text}': {key}={value} is not a number.") from None
         if not parameter.allows(number):
             kind = "a whole number in" if parameter.whole else "in"
-            raise InputError(f"{self.kind} '{text}': {key}={value} must be {kind} {parameter.interval}.")
+            raise InputError(
+                f"{self.kind} '{text}': {key}={value} must be {kind} {parameter.interval} ({parameter.meaning})."
+            )
         return number
 
     def __getitem__(self, name: str) -> Entry[F]:
@@ -210,7 +212,7 @@ def help_lines(registry: Registry[F]) -> str:
     return " ".join(
         name
         + (
-            ":" + ",".join(f"{p.name}={p.default:g} in {_range(p)}" for p in entry.parameters)
+            ":" + ",".join(f"{p.name}={p.default:g} in {_range(p)} ({p.meaning})" for p in entry.parameters)
             if entry.parameters
             else ""
         )

@@ -113,8 +113,8 @@ class SpeeDStrategy:
             if self._batches_unlearned == BATCHES_BEFORE_WARNING:
                 # Not logged: a script's own handlers may leave out what a library logs.
                 warnings.warn(
-                    f"speed_sampling='{self._sampling}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were drawn "
-                    "without update_speed, so it stays as it is. Tell it the losses of each timestep.",
+                    f"speed_sampling='{self._sampling}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were "
+                    "drawn without update_speed, so it stays as it is. Tell it the losses of each timestep.",
                     UserWarning,
                     stacklevel=4,
                 )

@@ -32,9 +32,10 @@ def _time_speed(process: ForwardProcess) -> Tensor:
 @DENSITIES.register(
     "logit_normal",
     summary="The logit of the flow's time is normal: the middle of the process most often.",
-    reference=f"{SD3}; {BY_SD3_TIME}",
+    reference=f"{SD3}; {BY_SD3_TIME}. The mean is minus the `--logit_mean` of diffusers' scripts, whose table begins "
+    "with the most noise",
     parameters=(
-        Parameter("mean", 0.0, "[-10, 10]", "of the logit; below 0 favours little noise"),
+        Parameter("mean", 0.0, "[-10, 10]", "of the logit; above 0 favours much noise: -2 mean is that of log SNR"),
         Parameter("std", 1.0, "(0, 100]", "of the logit"),
     ),
 )
@@ -78,7 +79,7 @@ def cosmap(process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
     reference="EDM, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364), table 1. EDM2 takes mean=-0.4,std=1; "
     "both for data of standard deviation 0.5",
     parameters=(
-        Parameter("mean", -1.2, "[-20, 20]", "of ln sigma"),
+        Parameter("mean", -1.2, "[-20, 20]", "of ln sigma; higher favours much noise: -2 mean is that of log SNR"),
         Parameter("std", 1.2, "(0, 100]", "of ln sigma"),
     ),
 )
@@ -94,7 +95,7 @@ def edm(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: f
     reference="log SNR as the variable: VDM, [arXiv 2107.00630](https://arxiv.org/abs/2107.00630); "
     "mean and std are ours to choose",
     parameters=(
-        Parameter("mean", 0.0, "[-20, 20]", "of log SNR; above 0 favours little noise"),
+        Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
         Parameter("std", 2.0, "(0, 100]", "of log SNR"),
     ),
 )
@@ -109,7 +110,7 @@ def gaussian(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, s
     reference="[arXiv 2407.03297](https://arxiv.org/abs/2407.03297); scale=0.5 is that of diffusers' schedule of this "
     "name, not checked against the paper's tables",
     parameters=(
-        Parameter("mean", 0.0, "[-20, 20]", "of log SNR"),
+        Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
         Parameter("scale", 0.5, "(0, 100]", "b: mean distance of log SNR from its mean"),
     ),
 )

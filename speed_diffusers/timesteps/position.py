@@ -31,7 +31,7 @@ def beta(process: ForwardProcess, settings: SpeeDSettings, *, alpha: float) -> T
     reference="[arXiv 2404.07946](https://arxiv.org/abs/2404.07946); formula and numbers after SpeeD's code with its "
     "slips mended, not checked against the paper",
     parameters=(
-        Parameter("mean", 0.3, "[0, 1]", "of the Gaussian, as a share of T"),
+        Parameter("mean", 0.3, "[0, 1]", "of the Gaussian, as a share of T; higher favours much noise"),
         Parameter("std", 1.0, "(0, 100]", "of the Gaussian, as a share of T"),
         Parameter("horizon", 1.0, "(0, 1]", "share of the training after which the Gaussian is reached"),
     ),

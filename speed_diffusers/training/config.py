@@ -84,7 +84,11 @@ class _DataAndModel(Options):
     prediction_type: str = option(
         "epsilon", "What the network predicts; flow_prediction trains a rectified flow.", choices=PREDICTION_TYPES
     )
-    flow_shift: float = option(1.0, "Shift of a flow's times towards noise, for large images.", interval="(0, inf)")
+    flow_shift: float = option(
+        1.0,
+        "Shift of a flow's times, for large images; above 1 favours much noise: log SNR falls by 2 ln(shift).",
+        interval="(0, inf)",
+    )
     variance_type: str = option(
         "fixed_small",
         "learned_range: the network predicts the steps' variance too, as DiT does.",
