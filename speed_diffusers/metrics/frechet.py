@@ -28,9 +28,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """Squared Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians.
 
     Heusel et al. 2017, arXiv:1706.08500, equation 6. S1 S2 is similar to A A^T with A = S1^(1/2) S2^(1/2), so the
-    trace of its root is the sum of the singular values of A. They stay real on rank-deficient covariances (fewer images than
-    features), where a general matrix square root turns complex or needs an epsilon, and, unlike the eigenvalues of
-    A A^T, they are not squared, so that small directions keep their digits beside large ones.
+    trace of its root is the sum of the singular values of A. They stay real on rank-deficient covariances (fewer
+    images than features), where a general matrix square root turns complex or needs an epsilon, and, unlike the
+    eigenvalues of A A^T, they are not squared, so that small directions keep their digits beside large ones.
 
     Args:
         first: Statistics with features of dimension D.
