@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Before any import that reads them: caches in a folder of this process, no telemetry, no Hub.
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 
@@ -21,6 +23,18 @@ from PIL import Image  # noqa: E402
 def _one_thread() -> None:
     """Two processes with two threads each stall one another on a small machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Callable[[], None]:
+    """Lets a process set accelerate up anew: resets its state now, and again each time it is called."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+    reset()
+    return reset
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,180 @@
+"""Writes the tables of the pages in docs/ from the code: registries, options and noise schedules.
+
+    python docs/make_tables.py
+
+What stands between `<!-- made: NAME -->` and `<!-- end -->` on a page is made here; the rest is written by hand. A
+test fails where a page is not what this makes.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from speed_diffusers.errors import InputError
+from speed_diffusers.generation import SAMPLERS
+from speed_diffusers.metrics import METRICS
+from speed_diffusers.presets import PRESETS
+from speed_diffusers.process import ForwardProcess
+from speed_diffusers.registry import markdown_table
+from speed_diffusers.settings import SPEED_DEFAULTS, SPEED_KEYS, SpeeDOptions, SpeeDSettings
+from speed_diffusers.timesteps import DENSITIES, DRAWS
+from speed_diffusers.weightings import WEIGHTINGS
+
+PAGES = sorted(Path(__file__).resolve().parent.glob("*.md"))
+
+
+def diffusion(*, zero_snr: bool = False, **options: Any) -> ForwardProcess:
+    """The process of a DDPM scheduler.
+
+    Zero terminal SNR (Lin et al., arXiv 2305.08891, algorithm 1) is made here in float64: the rounding of diffusers'
+    float32 depends on the processor, and moves the end of the acceleration area by a few steps.
+    """
+    process = ForwardProcess.from_scheduler(DDPMScheduler(**options))
+    if not zero_snr:
+        return process
+    root = (1 - process.noise_level).sqrt()
+    return ForwardProcess.from_alphas_cumprod(((root - root[-1]) * root[0] / (root[0] - root[-1])).square())
+
+
+def flow(**options: Any) -> ForwardProcess:
+    """The process of a rectified flow."""
+    return ForwardProcess.from_scheduler(FlowMatchEulerDiscreteScheduler(**options))
+
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+SCHEDULES: dict[str, Callable[[], ForwardProcess]] = {
+    "linear (DiT)": diffusion,
+    "linear, zero terminal SNR": lambda: diffusion(zero_snr=True),
+    "linear, T = 10": lambda: diffusion(num_train_timesteps=10),
+    "linear, T = 100": lambda: diffusion(num_train_timesteps=100),
+    "linear, T = 4,000": lambda: diffusion(num_train_timesteps=4000),
+    "linear, T = 10,000": lambda: diffusion(num_train_timesteps=10_000),
+    "scaled_linear (Stable Diffusion)": lambda: diffusion(**SD),
+    "scaled_linear, zero terminal SNR": lambda: diffusion(**SD, zero_snr=True),
+    "scaled_linear, DiT's betas": lambda: diffusion(beta_schedule="scaled_linear"),
+    "cosine": lambda: diffusion(**COSINE),
+    "cosine, zero terminal SNR": lambda: diffusion(**COSINE, zero_snr=True),
+    "cosine, T = 10": lambda: diffusion(**COSINE, num_train_timesteps=10),
+    "sigmoid": lambda: diffusion(beta_schedule="sigmoid"),
+    "laplace": lambda: diffusion(beta_schedule="laplace"),
+    "rectified flow": flow,
+    "rectified flow, shift 1.15": lambda: flow(shift=1.15),
+    "rectified flow, shift 3 (SD3)": lambda: flow(shift=3.0),
+    "rectified flow, T = 10": lambda: flow(num_train_timesteps=10),
+    "rectified flow, T = 10,000": lambda: flow(num_train_timesteps=10_000),
+}
+
+
+def markdown(heads: list[str], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
+
+
+def options_table() -> str:
+    """SpeeD's keywords with their defaults, ranges and meanings."""
+    about = {field.name: field.metadata for field in fields(SpeeDOptions)}
+    rows = []
+    for key, name in SPEED_KEYS.items():
+        default = repr(SPEED_DEFAULTS[key]).replace("'", '"')
+        rows.append((f"`{key}`", f"`{default}`", str(about[name]["interval"] or ""), about[name]["help"]))
+    return markdown(["keyword", "default", "range", "what it does"], rows)
+
+
+def samplers_table() -> str:
+    """The samplers by name."""
+    rows = [(f"`{name}`", entry.summary, entry.reference) for name, entry in SAMPLERS.items()]
+    return markdown(["name", "what it does", "source"], rows)
+
+
+def metrics_table() -> str:
+    """The metrics with the numbers that each of them gives."""
+    rows = [
+        (f"`{name}`", ", ".join(f"`{number}`" for number in entry.function.numbers), entry.summary, entry.reference)
+        for name, entry in METRICS.items()
+    ]
+    return markdown(["metric", "numbers", "what it measures", "source"], rows)
+
+
+def areas_table() -> str:
+    """The three areas and what they come to, on every schedule, with the defaults r = 145 and k = 5."""
+    rows = []
+    for name, make in SCHEDULES.items():
+        process = make()
+        settings = SpeeDSettings.resolve(process)
+        steps = process.num_train_timesteps
+        areas = process.areas(settings.tau)
+        density = torch.ones(steps)
+        density[: settings.tau] = 5.0
+        rows.append(
+            (
+                name,
+                f"{steps:,}",
+                f"{process.fastest_step}",
+                f"{settings.tau}" if settings.tau_found else f"{settings.tau} = T",
+                f"{float(1 - process.noise_level[settings.tau]):.2%}" if settings.tau_found else "-",
+                ", ".join(f"{len(area) / steps:.0%}" for area in vars(areas).values()),
+                f"{float(density[settings.tau :].sum() / density.sum()):.1%}",
+                _pivot(process),
+            )
+        )
+    shares = "steps: acceleration, deceleration, convergence"
+    heads = ["noise schedule", "T", "acceleration ends at", "tau", "signal left at tau", shares]
+    return markdown([*heads, "draws from tau on, k = 5", "pivot m of the authors"], rows)
+
+
+def _pivot(process: ForwardProcess) -> str:
+    try:
+        return str(process.dual_pivot)
+    except InputError:
+        return "none"
+
+
+def presets_table() -> str:
+    """The presets with their settings."""
+    rows = [
+        (f"`{name}`", ", ".join(f"`{key}={value}`" for key, value in settings.items()))
+        for name, settings in PRESETS.items()
+    ]
+    return markdown(["preset", "settings"], rows)
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "options": options_table,
+    "densities": lambda: markdown_table(DENSITIES),
+    "weightings": lambda: markdown_table(WEIGHTINGS),
+    "draws": lambda: markdown_table(DRAWS),
+    "presets": presets_table,
+    "areas": areas_table,
+    "samplers": samplers_table,
+    "metrics": metrics_table,
+}
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with its tables made anew.
+
+    Raises:
+        KeyError: The page asks for a table that is not made here.
+    """
+
+    def make(match: re.Match[str]) -> str:
+        return f"<!-- made: {match[1]} -->\n\n{MADE[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- made: (\w+) -->.*?<!-- end -->", make, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrites the pages where they are."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

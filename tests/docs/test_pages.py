@@ -1,0 +1,282 @@
+"""Every command and every Python example of the README and the pages in docs/ runs, in small.
+
+The pages are found, not listed: a new command or example is run without anybody's doing, and one that no test knows
+how to run fails.
+"""
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
+
+from speed_diffusers.config.load import load_config
+from speed_diffusers.pipelines import SpeeDDiTPipeline
+from speed_diffusers.train_scripts import train_dit_speed
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LAUNCHED = re.compile(r"(\w+=\S+ )*(accelerate launch|python|torchrun) ")
+"""How a command in running text begins; environment variables may stand before it."""
+
+LEAVES = {
+    "sample": "samples.png",
+    "plan": "plan.png",
+    "compare_errors": "errors.png",
+    "make_reference_statistics": "reference/reference_features.safetensors",
+    "evaluate": "**/scores/**/*.json",
+}
+"""What a script writes where no output= says otherwise."""
+
+TINY_RUN = [
+    "max_train_steps=2",
+    "train_batch_size=4",
+    "max_train_samples=16",
+    "logging_steps=1",
+    "num_validation_images=1",
+    "num_inference_steps=2",
+    "num_score_images=None",
+    "report_to=[]",
+]
+
+
+def blocks(language: str) -> list[Any]:
+    """The code blocks of a language on all pages, as test parameters: page and text."""
+    return [
+        pytest.param(page, code, id=f"{page}-{index}")
+        for page, text in TEXTS.items()
+        for index, (found, code) in enumerate(FENCE.findall(text))
+        if found == language
+    ]
+
+
+def commands() -> list[Any]:
+    """Every command of all pages, as test parameters: those of a block together, those in running text one by one."""
+    found: list[tuple[str, list[str]]] = []
+    for page, text in TEXTS.items():
+        found += [(page, joined(code)) for language, code in FENCE.findall(text) if language == "bash"]
+        spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+        found += [(page, [span]) for span in spans if LAUNCHED.match(span)]
+    return [pytest.param(lines, id=f"{page}: {lines[0]}"[:90]) for page, lines in found]
+
+
+def joined(code: str) -> list[str]:
+    """The commands of a block, without comments."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_only_known_kinds_of_blocks_are_on_the_pages() -> None:
+    # Diffs are run by test_other_trainers.py; a block without a language is a drawing.
+    kinds = {language for text in TEXTS.values() for language, _ in FENCE.findall(text)}
+    assert kinds == {"bash", "python", "diff", ""}
+    assert all(text.count("```") == 2 * len(FENCE.findall(text)) for text in TEXTS.values())
+
+
+@functools.cache
+def tiny_run(folder: Path) -> Path:
+    """A run of two steps of the default configuration."""
+    train_dit_speed.main([*TINY_RUN, f"output_dir={folder / 'quickstart'}", f"cache_dir={folder / 'cache'}"])
+    return folder / "quickstart"
+
+
+@pytest.fixture
+def place(
+    fresh_accelerate: Callable[[], None],
+    cache_dir: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The working folder in which the pages' commands run: with the runs, images and module that they name."""
+    run = tiny_run(cache_dir / "pages")
+    fresh_accelerate()
+    for name in ("quickstart", "mine", "speed", "uniform"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    (tmp_path / "cache").symlink_to(run.parent / "cache")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    for name in ("images", "held_out"):
+        (tmp_path / "path" / "to" / name).symlink_to(image_folder)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "features.py").write_text(
+        "extractor = lambda: lambda images: images.mean(dim=(2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_an_example_runs(page: str, code: str, place: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), names)
+    if "images" in names:
+        assert len(names["images"]) == 2
+    if "image" in names:
+        assert names["image"].size == (32, 32) and type(names["pipeline"]).__name__ == "SpeeDDiTPipeline"
+    if "make_sampler" in names:
+        assert type(names["pipeline"].scheduler) is DDPMScheduler
+    if "timesteps" in names:
+        assert names["timesteps"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("lines", commands())
+def test_commands_run(lines: list[str], place: Path, fresh_accelerate: Callable[[], None], tiny_vae: Path) -> None:
+    for part in [part for line in lines for part in line.split("&&")]:
+        words = [word for word in shlex.split(part, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        if words[:3] == ["pip", "install", "-e"]:
+            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[3])
+            assert extra and (extra[1] is None or f'"{extra[1]}": ' in (ROOT / "setup.py").read_text("utf-8"))
+        elif words != ["pytest"]:  # this very run
+            launch(words, place, tiny_vae)
+            fresh_accelerate()
+
+
+def launch(words: list[str], place: Path, tiny_vae: Path) -> None:
+    """Runs a script as a command names it, in this process and in small."""
+    assert words[0] in ("python", "torchrun") or words[:2] == ["accelerate", "launch"]
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    at = next(index for index, word in enumerate(words) if word.endswith(".py") or words[index - 1] == "-m")
+    module, options = script(words[at]), words[at + 1 :]
+    if words[at].startswith("benchmarks/"):
+        # They take hours; tests/benchmarks runs them in small. Here their options are read.
+        read_options(module, options)
+        return
+    name = module.__name__.rpartition(".")[2]
+    module.main(in_small(name, options, tiny_vae))
+    output = next((option.partition("=")[2] for option in options if option.startswith("output=")), LEAVES.get(name))
+    assert output is None or any(path.stat().st_size > 0 for path in place.glob(output))
+
+
+def script(name: str) -> ModuleType:
+    """The module of a script, by its path or by its dotted name."""
+    if name.endswith(".py"):
+        assert (ROOT / name).is_file(), f"{name} does not exist"
+        name = name.removesuffix(".py").replace("/", ".")
+        # Benchmarks are imported by bare names, scripts as they are installed.
+        name = name.removeprefix("benchmarks.") if name.startswith("benchmarks.") else f"speed_diffusers.{name}"
+    return importlib.import_module(name)
+
+
+def read_options(module: ModuleType, options: list[str]) -> None:
+    """Checks that a script takes the options."""
+    (schema,) = (
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__name__.endswith("Config")
+        if kind.__module__ == module.__name__
+    )
+    load_config(schema, options, ROOT / "train_scripts")
+
+
+def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
+    """The options of a command, with what takes long or needs the network replaced by something small."""
+    if name in ("train_dit_speed", "profile_training"):
+        small = [*TINY_RUN, "cache_dir=cache"]
+        if name == "profile_training":
+            small += ["profile_steps=2", "profile_warmup_steps=1"]
+        else:
+            small.append("dry_run=true")
+        if any(option.startswith("config=imagenet_256") for option in options):
+            small += ["dataset_name=None", "train_data_dir=path/to/images", "model=DiT-tiny/2"]
+            small += [f"pretrained_vae_model_name_or_path={tiny_vae}"]
+    else:
+        small = {
+            "sample": ["num_inference_steps=2", "num_images_per_class=1"],
+            "plan": [],
+            "evaluate": ["num_images=6", "num_inference_steps=2"],
+            "make_reference_statistics": ["resolution=32"],
+            "compare_errors": [],
+        }[name]
+    replaced = {option.partition("=")[0] for option in small}
+    return [option for option in options if option.partition("=")[0] not in replaced] + small
+
+
+def test_the_first_example_is_ten_lines_that_train_a_diffusers_model() -> None:
+    example = blocks("python")[0].values[1]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    names: dict[str, Any] = {}
+    exec(example, names)
+    types = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, **types)
+    names["training_loss"](model, torch.randn(4, 3, 8, 8)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_readme_opens_a_pipeline_without_this_package(place: Path) -> None:
+    example = blocks("python")[1].values[1]
+    check = "\nimport sys\nassert len(images) == 2 and 'speed_diffusers' not in sys.modules\n"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", example + check], cwd=place, env=environment, check=True)
+
+
+def test_the_measured_result_of_the_readme_is_that_of_the_benchmark() -> None:
+    rows = re.findall(r"^\| \d \|(.*)\|$", (ROOT / "benchmarks/speed_vs_uniform/table.md").read_text(), re.MULTILINE)
+    speed, uniform, ratios = zip(*[[float(cell) for cell in row.split("|")[:3]] for row in rows], strict=True)
+    words = " ".join(TEXTS["README.md"].split())
+    assert f"{min(ratios) - 1:.0%} to {max(ratios) - 1:.0%}".replace("% to", " to").replace("%", " %") in words
+    for distances in (speed, uniform):
+        assert "{:.2f}, {:.2f} and {:.2f}".format(*distances) in words
+
+
+def test_the_generation_page_lists_every_new_argument() -> None:
+    stock, ours = (inspect.signature(kind.__call__).parameters for kind in (DiTPipeline, SpeeDDiTPipeline))
+    assert [name for name in set(ours) - set(stock) if f"`{name}" not in TEXTS["docs/generation.md"]] == []
+
+
+NAMING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
+NAMING += [ROOT / "train_scripts/configs/README.md", ROOT / "speed_diffusers/assets/fashion_mnist/README.md"]
+
+
+@pytest.mark.parametrize("page", NAMING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\((?!http)([^)\s]+)\)", text)
+    missing = [link for link in links if not link_leads_somewhere(page, link)]
+    paths = re.findall(
+        r"(?<![\w/.-])((?:train_scripts|benchmarks|docs|tests|pipelines|accelerate_configs)/[\w/]+\.\w+)", text
+    )
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    missing += [name for name in re.findall(r"\bspeed_diffusers(?:\.\w+)+", text) if not is_python_name(name)]
+    assert missing == []
+
+
+def link_leads_somewhere(page: Path, link: str) -> bool:
+    """Whether the file of a link is there, and its heading too."""
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists() or not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text("utf-8")), re.MULTILINE)
+    return anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def is_python_name(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
