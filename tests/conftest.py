@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Before any import that reads them: caches in a folder of this process, no telemetry, no Hub.
@@ -21,6 +22,19 @@ from PIL import Image  # noqa: E402
 def _one_thread() -> None:
     """Two processes with two threads each stall one another on a small machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Callable[[], None]:
+    """Lets a process set accelerate up anew: resets its state now, and again each time it is called."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def reset() -> None:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+    reset()
+    return reset
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +97,18 @@ def tiny_options(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path: 
         "num_inference_steps=2",
         "report_to=[]",
     ]
+
+
+@pytest.fixture
+def train(tiny_options: list[str], fresh_accelerate: Callable[[], None]) -> Callable[..., Path]:
+    """Trains a tiny run in a folder, which it returns: `train(folder, *options)`; options replace those of the run."""
+    from speed_diffusers.train_scripts import train_dit_speed
+
+    def run(folder: Path, *options: str) -> Path:
+        fresh_accelerate()
+        given = {"output_dir", *(option.split("=")[0] for option in options)}
+        kept = [option for option in tiny_options if option.split("=")[0] not in given]
+        train_dit_speed.main([*kept, f"output_dir={folder}", *options])
+        return folder
+
+    return run

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -53,12 +52,11 @@ def test_no_configuration_is_left_out() -> None:
     assert sorted(STARTED_FOR_REAL + STARTED_ON_META + QUICKSTART) == NAMES
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("name", STARTED_FOR_REAL)
 def test_an_imagenet_preset_takes_one_step(
     name: str, vae_of_factor_8: Path, image_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
     main(
         [
             f"config={name}",

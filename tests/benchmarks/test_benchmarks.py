@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +21,7 @@ from speed_diffusers.errors import InputError  # noqa: E402
 MACHINE = {"commit", "python", *measurement.PACKAGES, "processor", "cores", "threads"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate remembers its first set-up for the life of a process."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_host_work_waits_for_nothing_and_keeps_its_budgets(

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
 from speed_diffusers.generation.samplers import SAMPLERS
@@ -77,10 +76,9 @@ def test_the_readme_lists_every_new_argument_and_sampler() -> None:
     assert not missing
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("index", range(len(arguments_of("train_dit_speed.py"))))
 def test_every_training_command_starts(index: int, image_folder: Path, tiny_vae: Path, tmp_path: Path) -> None:
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
     options = arguments_of("train_dit_speed.py")[index]
     dry = [f"output_dir={tmp_path / 'run'}", "dry_run=true"]
     kept = [option for option in options if not option.startswith("output_dir=")]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -31,11 +30,7 @@ PRESETS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate remembers its first set-up for the life of a process."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
