@@ -35,7 +35,8 @@ class Interval:
         low, high = self.ends
         above = value >= low if self.text[0] == "[" else value > low
         below = value <= high if self.text[-1] == "]" else value < high
-        return math.isfinite(value) and above and below
+        # Not math.isfinite, which fails on whole numbers that are too large for a float.
+        return above and below and abs(value) != math.inf
 
     def __str__(self) -> str:
         return self.text
