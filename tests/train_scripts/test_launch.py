@@ -100,7 +100,7 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "go on with resume_from_checkpoint=latest" in output
+    assert "resume with resume_from_checkpoint=latest" in output
     (stopped,) = (tmp_path / "stopped").glob("checkpoint-*")
     step = int(stopped.name.removeprefix("checkpoint-"))
     assert 3 <= step < 60

@@ -42,10 +42,10 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("speed_weighting=p3", r"Unknown loss weighting \(speed_weighting\) 'p3'. Did you mean 'p2'"),
         ("speed_tau=1001", r"speed_tau=1001.0: must be a whole number in \[1, 1000\]"),
         ("speed_tau=0", r"speed_tau=0.0: must be a whole number in \[1, 1000\]"),
-        ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
+        ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\]"),
         ("speed_lambda=0.4", r"speed_lambda=0.4: must lie in \[0.5, 1\]"),
-        ("speed_k=0.5", "speed_k=0.5: must be a finite number of at least 1"),
-        ("speed_r=1", "speed_r=1.0: must be a finite number above 1"),
+        ("speed_k=0.5", "speed_k=0.5: must be at least 1"),
+        ("speed_r=1", "speed_r=1.0: must be above 1"),
         ("model=DiT-XL/3", "Unknown model 'DiT-XL/3'. Did you mean 'DiT-XL/"),
         ("num_score_images=1", "num_score_images=1: must be at least 2"),
         ("sampler=ddmp", "Unknown sampler 'ddmp'.*Did you mean 'ddpm'"),
@@ -75,7 +75,7 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
             "no-checkpoint: no-checkpoint is not a folder",
         ),
         ("beta_schedule=cosine", "Unknown beta_schedule 'cosine'.*Allowed"),
-        ("beta_end=2", "beta_end=2.0: must be in order, and beta_end below 1"),
+        ("beta_end=2", r"beta_end=2.0: must lie in \(0, 1\)"),
         ("beta_start=0.5", "beta_start=0.5 beta_end=0.02: must be in order"),
         ("lr_scheduler=constant", "lr_warmup_steps=2: lr_scheduler=constant has none"),
     ],
@@ -111,7 +111,7 @@ def test_a_score_that_could_not_be_measured(
     tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
 ) -> None:
     options = [option for option in tiny_options if not option.startswith("num_score_images")]
-    fails([*options, "num_score_images=20"], "is of the shipped garments, not of these images", tmp_path / "run")
+    fails([*options, "num_score_images=20"], "is of Fashion-MNIST, not of these images", tmp_path / "run")
     shipped = ["dataset_name=embedded", "pretrained_vae_model_name_or_path=embedded", f"output_dir={tmp_path / 'run'}"]
     for wrong, message in (
         (["score_reference=nowhere.safetensors"], "nowhere.safetensors"),
