@@ -179,7 +179,7 @@ class Options:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             interval = field.metadata.get("interval")
             value = getattr(self, field.name)
-            if interval is None or (value is None and default_of(field) is None):
+            if interval is None or (value is None and NoneType in get_args(field.type)):
                 continue
             name = self.PREFIX + field.name.rstrip("_")
             for number in value if isinstance(value, list | tuple) else [value]:
