@@ -21,6 +21,7 @@ class Ranged(Options):
 
     k: float = option(5.0, "How often.", interval="[1, inf)")
     steps: int | None = option(None, "How many.", interval="[1, inf)")
+    norm: float | None = option(1.0, "At most.", interval="(0, inf)")
     shares: list[float] = option([0.0, 1.0], "Where.", interval="[0, 1]")
     seed: int = option(0, "Of everything.", interval="[0, 2^63)")
     lambda_: float = option(0.6, "Upper end.", interval="[0.5, 1]")
@@ -118,8 +119,8 @@ def test_a_range_is_checked_on_the_command_line_in_yaml_and_by_the_constructor(
     assert str(caught.value) == f"my_{key}={number}: {rule}"
 
 
-def test_none_is_allowed_where_it_is_the_default_and_nowhere_else() -> None:
-    assert Ranged(steps=None).steps is None
+def test_none_is_allowed_where_the_type_has_it_and_nowhere_else(tmp_path: Path) -> None:
+    assert Ranged(steps=None, norm=None) == load_config(Ranged, ["steps=None", "norm=None"], tmp_path)
     with pytest.raises(InputError, match=r"^my_k=None: must be a number\.$"):
         Ranged(k=None)  # type: ignore[arg-type]
 

@@ -61,6 +61,12 @@ def test_the_ends_of_a_range_decide(key: str) -> None:
         assert getattr(TrainConfig(**at(key, value)), key) == value  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("key", [key for key, setting in RANGED.items() if setting.optional])
+def test_none_has_no_range(key: str, tmp_path: Path) -> None:
+    assert getattr(TrainConfig(**{key: None}), key) is None  # type: ignore[arg-type]
+    assert getattr(load_config(TrainConfig, [f"{key}=None"], tmp_path), key) is None
+
+
 def test_ranges_are_checked_on_the_way_in_and_shown_in_help(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("speed_k: 0.5")
