@@ -62,8 +62,7 @@ def test_steps_are_taken_one_by_one_and_are_those_of_the_script(
             assert float(micro_step.result.squared_error.mean()) == line["squared_error"]
             assert float(step.grad_norm) == line["grad_norm"] and micro_step.timesteps.shape == (4,)
             after = state_of(run)
-            changed = different(after, before)
-            assert "model/transformer.proj_out_2.bias" in changed and "ema/transformer.proj_out_2.bias" in changed
+            assert bool(different(after, before)) == (done > 1), "the warm-up begins at a learning rate of 0"
             if done in (5, 10, 12):
                 assert different(after, saved_state(folder, done)) == []
             before = after

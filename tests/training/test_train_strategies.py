@@ -1,6 +1,5 @@
 """The training script with other strategies than the paper's: densities that learn or change, and rectified flows."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from run_outputs import metrics
 from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation import GenerationSettings, generate
@@ -20,11 +20,6 @@ from speed_diffusers.objective import denoising_loss
 from speed_diffusers.training import feedback
 from speed_diffusers.training.feedback import ErrorFeedback
 from speed_diffusers.training.step_draws import StepDraws
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("images_per_second", "seconds")} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
