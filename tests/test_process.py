@@ -238,7 +238,7 @@ def test_constructors_agree() -> None:
         (lambda: ForwardProcess.from_sigmas(torch.tensor([0.5, float("nan")])), r"sigmas: must lie in \[0, 1\]"),
         (lambda: ForwardProcess.from_sigmas(torch.tensor([0.9, 0.5, 0.1])), "sigmas: must not fall .*from 0 to 1"),
         (lambda: ForwardProcess.from_alphas_cumprod(torch.tensor([0.9, 0.2, 0.3])), "alphas_cumprod: must not grow"),
-        (lambda: ForwardProcess.rectified_flow(1000, shift=0.0), "shift=0.0: must be above 0"),
+        (lambda: ForwardProcess.rectified_flow(1000, shift=0.0), "shift=0.0: must be a finite number above 0"),
         (lambda: ForwardProcess.from_alphas_cumprod(torch.zeros(3)).finite_log_snr, "Every timestep .* pure noise"),
     ],
 )
