@@ -136,6 +136,32 @@ def _pivot(process: ForwardProcess) -> str:
         return "none"
 
 
+RECIPES = {
+    "EDM, data of standard deviation 0.5": (1.0, 2.4),
+    "EDM2": (-0.6, 2.0),
+    "SD3, diffusers' defaults": (0.0, 2.0),
+    "JiT": (-1.6, 1.6),
+}
+"""Published densities over the noise by mean and standard deviation of log SNR, for data of variance 1."""
+
+
+def equal_settings_table() -> str:
+    """One density in the words of each of our names and of diffusers' scripts, on a flow without shift."""
+    rows = [
+        (
+            recipe,
+            f"N({mean:g}, {std:g}^2)",
+            f"`gaussian:mean={mean:g},std={std:g}`",
+            f"`logit_normal:mean={-mean / 2 + 0.0:g},std={std / 2:g}`",
+            f"`edm:mean={-mean / 2 + 0.0:g},std={std / 2:g}`",
+            f"`--logit_mean {mean / 2 + 0.0:g} --logit_std {std / 2:g}`",
+        )
+        for recipe, (mean, std) in RECIPES.items()
+    ]
+    ours = ["`gaussian`", "`logit_normal`", "`edm`"]
+    return markdown(["recipe", "log SNR", *ours, "diffusers' SD3 and Flux scripts"], rows)
+
+
 def presets_table() -> str:
     """The presets with their settings."""
     rows = [
@@ -151,6 +177,7 @@ MADE: dict[str, Callable[[], str]] = {
     "weightings": lambda: markdown_table(WEIGHTINGS),
     "draws": lambda: markdown_table(DRAWS),
     "presets": presets_table,
+    "equal_settings": equal_settings_table,
     "areas": areas_table,
     "samplers": samplers_table,
     "metrics": metrics_table,

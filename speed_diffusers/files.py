@@ -30,8 +30,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_symlink():
             path.unlink()
-        elif path.is_dir():
-            # A folder cannot be renamed over a full one.
+        elif path.is_dir() and temporary.is_dir():
+            # A folder cannot be renamed over a full one. A file is not renamed over a folder, which is no older self.
             shutil.rmtree(path)
         temporary.replace(path)
     finally:

@@ -144,7 +144,8 @@ class Registry(Mapping[str, Entry[F]]):
         """Reads a choice such as `"min_snr:gamma=5"`; a bare name takes the defaults.
 
         Args:
-            text: The choice. A function is taken as it is, registered or not, and a choice is returned.
+            text: The choice. A registered function means its name, another one is taken as it is, and a choice is
+                returned.
 
         Raises:
             InputError: An unknown name or parameter (with the nearest), a value that is no number or outside its
@@ -153,6 +154,9 @@ class Registry(Mapping[str, Entry[F]]):
         if isinstance(text, Choice):
             return text
         if callable(text):
+            registered = [name for name, entry in self.items() if entry.function is text]
+            if registered:
+                return self.parse(registered[0])
             return Choice(getattr(text, "__name__", type(text).__name__), {}, Entry(text, "", ""))
         name, colon, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
         name = name.strip() if isinstance(name, str) else name

@@ -97,3 +97,18 @@ def tiny_options(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path: 
         "num_inference_steps=2",
         "report_to=[]",
     ]
+
+
+@pytest.fixture
+def train(tiny_options: list[str], fresh_accelerate: Callable[[], None]) -> Callable[..., Path]:
+    """Trains a tiny run in a folder, which it returns: `train(folder, *options)`; options replace those of the run."""
+    from speed_diffusers.train_scripts import train_dit_speed
+
+    def run(folder: Path, *options: str) -> Path:
+        fresh_accelerate()
+        given = {"output_dir", *(option.split("=")[0] for option in options)}
+        kept = [option for option in tiny_options if option.split("=")[0] not in given]
+        train_dit_speed.main([*kept, f"output_dir={folder}", *options])
+        return folder
+
+    return run

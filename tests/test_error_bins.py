@@ -1,17 +1,13 @@
-"""Unweighted errors by timestep: the right bin and mean, merged by their samples; and the command that compares."""
+"""Unweighted errors by timestep: the right bin and mean, merged by their samples."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from PIL import Image
 
 from speed_diffusers.error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, ErrorHistory, means_by_bin
 from speed_diffusers.errors import InputError
-from speed_diffusers.train_scripts import compare_errors
-from speed_diffusers.train_scripts.train_dit_speed import main
 from speed_diffusers.training.tracking import MetricsFile, read_metrics
 
 
@@ -70,42 +66,3 @@ def test_metrics_without_errors_are_refused(tmp_path: Path) -> None:
         ErrorHistory.from_records(read_metrics(tmp_path / "metrics.jsonl"), 1000)
     with pytest.raises(InputError, match="no such file"):
         read_metrics(tmp_path / "nothing.jsonl")
-
-
-def run(options: list[str], folder: Path, *extra: str) -> Path:
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    main([*(option for option in options if not option.startswith("output_dir=")), f"output_dir={folder}", *extra])
-    return folder
-
-
-def test_runs_with_different_weights_compare_and_others_do_not(
-    tiny_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    speed = run(tiny_options, tmp_path / "speed")
-    uniform = run(tiny_options, tmp_path / "uniform", "speed_sampling=uniform", "speed_weighting=none")
-    other = run(tiny_options, tmp_path / "other", "prediction_type=epsilon")
-    picture = tmp_path / "pictures" / "errors.png"
-    compare_errors.main([f"runs={speed},{uniform}", f"output={picture}"])
-    assert Image.open(picture).width > 500
-    printed = capsys.readouterr().out
-    assert "950-999" in printed and str(uniform) in printed
-    with pytest.raises(InputError, match="prediction_type=v_prediction, .*other epsilon: their errors do not compare"):
-        compare_errors.main([f"runs={speed},{other}", f"output={tmp_path / 'no.png'}"])
-    for wrong, message in (
-        ([], "runs is empty"),
-        ([f"runs={tmp_path}"], "is no run"),
-        ([f"runs={speed}", "output=errors.jpg"], "must be a file that ends in .png"),
-    ):
-        with pytest.raises(InputError, match=message):
-            compare_errors.main(wrong)
-    assert not (tmp_path / "no.png").exists()
-
-
-def test_logged_errors_are_the_losses_of_a_run_without_weights(tiny_options: list[str], tmp_path: Path) -> None:
-    folder = run(tiny_options, tmp_path / "run", "speed_sampling=uniform", "speed_weighting=none")
-    for line in read_metrics(folder / "metrics.jsonl"):
-        counts, errors = line[SAMPLES_KEY], line[ERRORS_KEY]
-        assert sum(counts) == 4
-        total = sum(count * error for count, error in zip(counts, errors, strict=True) if count)
-        assert total / 4 == pytest.approx(line["squared_error"], rel=1e-5) == pytest.approx(line["loss"], rel=1e-5)

@@ -13,10 +13,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from noise_schedules import SCHEDULES, process_named, settings_of
+from noise_schedules import SCHEDULES, process_named
 from speed_diffusers.errors import InputError
 from speed_diffusers.process import ForwardProcess
-from speed_diffusers.settings import SpeeDOptions, SpeeDSettings
+from speed_diffusers.settings import SpeeDSettings
 
 SCHEDULES_OF_THE_AUTHORS = {
     "linear": {},
@@ -141,56 +141,6 @@ def test_scheduler_without_betas_is_refused() -> None:
 def test_one_timestep_is_refused() -> None:
     with pytest.raises(InputError, match="num_train_timesteps=1: .*at least 2"):
         process_of(num_train_timesteps=1)
-
-
-def test_settings_of_the_paper() -> None:
-    settings = SpeeDSettings.resolve(process_of())
-    assert (settings.k, settings.tau, settings.lambda_, settings.tau_found) == (5.0, 700, 0.6, True)
-
-
-def test_given_tau_wins_over_r() -> None:
-    settings = SpeeDSettings.resolve(process_of(), SpeeDOptions(tau=321))
-    assert settings.tau == 321 and settings.tau_found
-
-
-def test_process_that_starts_settled_keeps_one_step_before_tau() -> None:
-    process = ForwardProcess(torch.tensor([0.999, 0.9995, 0.9999], dtype=torch.float64))
-    assert process.first_settled_step(145) == 0
-    assert SpeeDSettings.resolve(process).tau == 1
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        ({"k": 0.99}, "speed_k=0.99: must be a finite number of at least 1"),
-        ({"k": -5}, "speed_k=-5: "),
-        ({"k": float("nan")}, "speed_k=nan: "),
-        ({"k": float("inf")}, "speed_k=inf: "),
-        ({"tau": 0}, r"speed_tau=0: must be a whole number in \[1, 1000\]"),
-        ({"tau": 1001}, r"speed_tau=1001: .*\[1, 1000\]"),
-        ({"tau": 7.5}, "speed_tau=7.5: must be a whole number"),
-        ({"tau": float("nan")}, "speed_tau=nan: must be a whole number"),
-        ({"tau": float("inf")}, "speed_tau=inf: must be a whole number"),
-        ({"r": 1.0}, "speed_r=1.0: must be a finite number above 1"),
-        ({"r": float("nan")}, "speed_r=nan: "),
-        ({"r": float("inf")}, "speed_r=inf: "),
-        ({"lambda_": 0.49}, r"speed_lambda=0.49: must lie in \[0.5, 1\]"),
-        ({"lambda_": 5.0}, r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
-        ({"lambda_": float("nan")}, "speed_lambda=nan: "),
-    ],
-)
-def test_numbers_outside_their_range_are_refused(number: dict[str, float], message: str) -> None:
-    numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
-    with pytest.raises(InputError, match=f"^{message}") as error:
-        SpeeDSettings.resolve(process_of(), SpeeDOptions(**numbers))  # type: ignore[arg-type]
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("number", [{"k": 1}, {"tau": 1}, {"tau": 1000}, {"lambda_": 0.5}, {"lambda_": 1.0}])
-def test_ends_of_the_ranges_are_allowed(number: dict[str, float]) -> None:
-    numbers = {"k": 5.0, "tau": None, "r": 145.0, "lambda_": 0.6} | number
-    settings = SpeeDSettings.resolve(process_of(), SpeeDOptions(**numbers))  # type: ignore[arg-type]
-    assert all(getattr(settings, name) == value for name, value in number.items())
 
 
 # Rectified flows, other tables, and what holds on every schedule.
@@ -337,13 +287,3 @@ def test_pivot_of_the_authors_pairs(name: str, pivot: int) -> None:
 def test_pivot_does_not_exist_everywhere(name: str) -> None:
     with pytest.raises(InputError, match="the pivot of the authors' code does not exist; use speed_draw="):
         _ = process_named(name).dual_pivot
-
-
-def test_share_of_the_timesteps_as_tau() -> None:
-    assert [settings_of(process_of(num_train_timesteps=t), tau=0.7).tau for t in (2, 10, 1000, 10_000)] == [
-        1,
-        7,
-        700,
-        7000,
-    ]
-    assert settings_of(process_of(), tau=1e-9).tau == 1

@@ -1,4 +1,4 @@
-"""What changes in the course of a training: k that falls, curricula, densities that learn, weights of mean 1."""
+"""What changes in the course of a training: k that falls, curricula, weights of mean 1; and bad options."""
 
 import logging
 
@@ -8,7 +8,6 @@ import torch
 
 from noise_schedules import process_named
 from speed_diffusers import InputError, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
-from speed_diffusers.predictions import epsilon_error_ratio
 from speed_diffusers.timesteps import DENSITIES, DRAWS
 from speed_diffusers.weightings import WEIGHTINGS
 
@@ -112,165 +111,6 @@ def test_normalised_weights_follow_k_as_it_falls() -> None:
     for progress in (0.0, 0.5, 1.0):
         tables = falling.tables(progress)
         assert float((tables.pmf * tables.weights).sum()) == pytest.approx(1.0, abs=1e-12)
-
-
-# Densities that learn
-
-
-def feed(learner: SpeeDStrategy, errors: torch.Tensor, times: int, count: float = 3.0) -> None:
-    for _ in range(times):
-        learner.update(errors * count, torch.full_like(errors, count))
-
-
-@pytest.mark.parametrize("sampling", LEARNING)
-def test_learning_starts_uniform_and_waits_until_everything_was_seen(sampling: str) -> None:
-    learner = strategy(sampling=sampling, weighting="none")
-    errors = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64)
-    feed(learner, errors, 9)
-    np.testing.assert_allclose(learner.tables().pmf.numpy(), 1e-3, rtol=1e-12)
-    counts = torch.ones(1000).double()
-    counts[500:] = 0  # the tenth time only half of the timesteps
-    learner.update(errors * counts, counts)
-    np.testing.assert_allclose(learner.tables().pmf.numpy(), 1e-3, rtol=1e-12)
-    learner.update(errors * (1 - counts), 1 - counts)
-    assert float(learner.tables().pmf.std()) > 0
-
-
-def test_loss_second_moment_is_the_root_of_the_mean_square_of_the_last_ten() -> None:
-    learner = strategy("linear, T=10", sampling="loss_second_moment:uniform=0.001", weighting="none")
-    history = torch.rand(13, 10, generator=seeded(1)).double()
-    for errors in history:
-        feed(learner, errors, 1)
-    density = history[-10:].square().mean(0).sqrt()
-    expected = 0.999 * density / density.sum() + 0.001 / 10
-    tables = learner.tables()
-    torch.testing.assert_close(tables.pmf, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(tables.weights, 1 / (10 * expected), rtol=1e-12, atol=0)
-    # The mean loss under the draws is that under uniform ones.
-    losses = torch.rand(10, generator=seeded(2)).double()
-    assert float((tables.pmf * tables.weights * losses).sum()) == pytest.approx(float(losses.mean()), abs=1e-12)
-
-
-def test_loss_second_moment_is_of_the_weighted_loss() -> None:
-    learner = strategy(sampling="loss_second_moment", weighting="min_snr")
-    feed(learner, torch.ones(1000).double(), 10)
-    weights = strategy(weighting="min_snr").tables().weights
-    expected = 0.999 * weights / weights.sum() + 1e-6
-    torch.testing.assert_close(learner.tables().pmf, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(learner.tables().weights, weights / (1000 * expected), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_information_rate_is_epsilon_error_times_speed_of_log_snr(prediction_type: str) -> None:
-    options = {"sampling": "information_rate:bins=1000,uniform=0", "prediction_type": prediction_type}
-    learner = strategy(weighting="min_snr", **options)
-    errors = torch.rand(1000, generator=seeded(0)).double() + 0.1
-    feed(learner, errors, 10)
-    process = learner.process
-    density = errors * epsilon_error_ratio(process, prediction_type) * process.log_snr_speed
-    torch.testing.assert_close(learner.tables().pmf, density / density.sum(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(learner.tables().weights, strategy(weighting="min_snr", **options).tables().weights)
-
-
-def test_information_rate_averages_over_ranges_of_timesteps() -> None:
-    learner = strategy("linear, T=10", sampling="information_rate:bins=2,uniform=0,decay=0.5", weighting="none")
-    sums = torch.tensor([2.0, 4.0, 0, 0, 0, 9.0, 0, 0, 0, 0]).double()
-    counts = torch.tensor([1.0, 2.0, 0, 0, 0, 3.0, 0, 0, 0, 0]).double()
-    for _ in range(10):
-        learner.update(sums, counts)
-    learner.update(2 * sums, counts)
-    mean = torch.tensor([2.0] * 5 + [3.0] * 5).double() * (0.5 + 0.5 * 2)
-    expected = mean * learner.process.log_snr_speed
-    torch.testing.assert_close(learner.tables().pmf, expected / expected.sum(), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("sampling", LEARNING)
-def test_state_goes_on_exactly_where_it_was(sampling: str) -> None:
-    errors = torch.rand(25, 1000, generator=seeded(4)).double() + 0.1
-    first, second = (SpeeDDDPMScheduler(speed_sampling=sampling) for _ in range(2))
-    assert first.speed_is_loss_aware
-    for row in errors[:15]:
-        first.update_speed(row, torch.ones(1000))
-    state = first.speed_state_dict()
-    assert all(isinstance(value, torch.Tensor) for value in state.values())
-    second.load_speed_state_dict(state)
-    for row in errors[15:]:
-        for scheduler in (first, second):
-            scheduler.update_speed(row, torch.ones(1000))
-    assert torch.equal(first.speed_tables.pmf, second.speed_tables.pmf)
-    assert torch.equal(first.speed_tables.weights, second.speed_tables.weights)
-    draws = [s.sample_timesteps(512, generator=seeded(8)) for s in (first, second)]
-    assert torch.equal(*draws)
-    # The state that was handed out did not change with what came later.
-    fresh = SpeeDDDPMScheduler(speed_sampling=sampling)
-    fresh.load_speed_state_dict(state)
-    assert not torch.equal(fresh.speed_tables.pmf, first.speed_tables.pmf)
-
-
-@pytest.mark.parametrize("sampling", LEARNING)
-def test_errors_that_are_not_finite_are_left_out(sampling: str) -> None:
-    clean, dirty = (strategy(sampling=sampling) for _ in range(2))
-    errors, counts = torch.ones(1000).double(), torch.ones(1000).double()
-    spoilt, without = errors.clone(), counts.clone()
-    spoilt[3], spoilt[4], without[3], without[4] = float("nan"), float("inf"), 0.0, 0.0
-    for _ in range(12):
-        clean.update(errors * without, without)
-        dirty.update(spoilt, counts)
-    for name, value in clean.state_dict().items():
-        assert torch.equal(dirty.state_dict()[name], value) and bool(torch.isfinite(value.double()).all())
-
-
-@pytest.mark.parametrize("sampling", LEARNING)
-def test_errors_of_zero_everywhere_leave_it_uniform(sampling: str) -> None:
-    learner = strategy(sampling=sampling)
-    feed(learner, torch.zeros(1000).double(), 12)
-    np.testing.assert_allclose(learner.tables().pmf.numpy(), 1e-3, rtol=1e-9)
-    assert bool(torch.isfinite(learner.tables().weights).all())
-
-
-@pytest.mark.parametrize("name", [name for name in DENSITIES if name not in LEARNING])
-def test_a_density_that_does_not_learn_says_so(name: str) -> None:
-    scheduler = SpeeDDDPMScheduler(speed_sampling=name)
-    assert not scheduler.speed_is_loss_aware
-    for call in (
-        lambda: scheduler.update_speed(torch.ones(1000), torch.ones(1000)),
-        lambda: scheduler.speed_state_dict(),
-        lambda: scheduler.load_speed_state_dict({}),
-    ):
-        with pytest.raises(InputError, match="learns nothing; those that do: loss_second_moment, information_rate"):
-            call()
-
-
-@pytest.mark.parametrize(
-    ("sums", "counts", "message"),
-    [
-        (torch.ones(999), torch.ones(1000), r"^error_sums: its shape must be \(1000,\), but is \(999,\)"),
-        (torch.ones(1000), torch.ones(1000, 1), r"^error_counts: its shape must be \(1000,\), but is \(1000, 1\)"),
-        (torch.ones(1000), -torch.ones(1000), "^error_counts: must be at least 0, but the smallest is -1.0"),
-    ],
-)
-def test_bad_errors_are_refused(sums: torch.Tensor, counts: torch.Tensor, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        strategy(sampling="information_rate").update(sums, counts)
-
-
-def test_state_of_another_density_or_process_is_refused() -> None:
-    learner = strategy(sampling="information_rate")
-    with pytest.raises(
-        InputError, match=r"State of speed_sampling: has \['seen', 'squares'\], but \['mean', 'seen'\]"
-    ):
-        learner.load_state_dict(strategy(sampling="loss_second_moment").state_dict())
-    with pytest.raises(InputError, match=r"'mean' has the shape \(50,\), but \(100,\) is needed"):
-        learner.load_state_dict(strategy(sampling="information_rate:bins=50").state_dict())
-
-
-@pytest.mark.parametrize("sampling", LEARNING)
-def test_learning_without_being_told_anything_warns_once(sampling: str, caplog: pytest.LogCaptureFixture) -> None:
-    scheduler = SpeeDDDPMScheduler(speed_sampling=sampling)
-    with caplog.at_level(logging.WARNING, logger="speed_diffusers"):
-        for _ in range(1500):
-            scheduler.sample_timesteps(1)
-    assert [f"'{sampling}' learns" in record.getMessage() for record in caplog.records] == [True]
 
 
 # Bad options

@@ -174,11 +174,10 @@ class Options:
         Raises:
             InputError: A number lies outside its range, or is none.
         """
-        hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             interval = field.metadata.get("interval")
             value = getattr(self, field.name)
-            if interval is None or (value is None and NoneType in get_args(hints[field.name])):
+            if interval is None or (value is None and NoneType in get_args(field.type)):
                 continue
             name = self.PREFIX + field.name.rstrip("_")
             for number in value if isinstance(value, list | tuple) else [value]:

@@ -3,30 +3,25 @@
 import csv
 import json
 import re
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
+import host_work
+import measurement
+import step_time
+from speed_diffusers.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
-import host_work  # noqa: E402
-import measurement  # noqa: E402
-import step_time  # noqa: E402
-from speed_diffusers.errors import InputError  # noqa: E402
 
 MACHINE = {"commit", "python", *measurement.PACKAGES, "processor", "cores", "threads"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate remembers its first set-up for the life of a process."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_host_work_waits_for_nothing_and_keeps_its_budgets(
@@ -109,14 +104,15 @@ def test_wrong_options_are_one_line(benchmark: object, wrong: str) -> None:
 def test_only_the_scheduler_changes_with_the_arm() -> None:
     run = SimpleNamespace(scheduler=None)
     config = SimpleNamespace(pairs=4, block_steps=2)
-    steps = step_time.measure(run, {arm: arm for arm in step_time.ARMS}, config)  # type: ignore[arg-type]
-    arms = [run.scheduler for _ in islice(steps, 18)]
+    taken: list[str] = []
+    # Steps that note what they were taken with, exactly as many as the blocks need.
+    calls = (taken.append(run.scheduler) for _ in range(18))
+    found = step_time.measure(run, calls, {arm: arm for arm in step_time.ARMS}, config)  # type: ignore[arg-type]
     expected = "paper " + "paper uniform uniform paper " * 2
-    assert arms == [arm for arm in expected.split() for _ in range(2)]
-    with pytest.raises(StopIteration) as end:
-        next(steps)
-    assert [len(block.milliseconds) for block in end.value.value] == [2] * 9
-    assert vars(run).keys() == {"scheduler"}
+    assert taken == [arm for arm in expected.split() for _ in range(2)]
+    assert [block.arm for block in found] == expected.split()
+    assert [len(block.milliseconds) for block in found] == [2] * 9
+    assert next(calls, "no more") == "no more" and vars(run).keys() == {"scheduler"}
 
 
 def blocks(medians: dict[str, list[float]]) -> list[step_time.Block]:

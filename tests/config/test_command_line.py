@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from speed_diffusers.config import command_line
 from speed_diffusers.errors import InputError
-from train_scripts import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,12 +23,11 @@ SCRIPT = f'''
 import signal, sys, types
 from dataclasses import dataclass
 
-sys.path[:0] = [{str(ROOT / "train_scripts")!r}, {str(ROOT)!r}]
 package = types.ModuleType("speed_diffusers")
 package.__path__ = [{str(ROOT / "speed_diffusers")!r}]
 sys.modules["speed_diffusers"] = package
 
-from command_line import run_script
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.errors import InputError
 
 @dataclass

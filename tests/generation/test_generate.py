@@ -9,7 +9,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
 from speed_diffusers.generation.export import inference_pipeline
-from speed_diffusers.generation.generate import choose_classes, class_samples, generate, row_names_of, speed_pipeline
+from speed_diffusers.generation.generate import (
+    GenerationSettings,
+    choose_classes,
+    class_samples,
+    generate,
+    row_names_of,
+    speed_pipeline,
+)
 from speed_diffusers.models import NULL_CLASS, build_dit, export_transformer
 from speed_diffusers.randomness import keyed_generator
 from tiny_run import DIT
@@ -27,13 +34,14 @@ def pipeline(tiny_vae: Path) -> DiTPipeline:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     transformer = export_transformer(model.transformer.config, model.state_dict())
     vae = AutoencoderKL.from_pretrained(tiny_vae)
-    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler().config, None)
+    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler(), None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def images(pipeline: DiTPipeline, rows: list[int], **options: object) -> np.ndarray:
-    return np.concatenate(list(generate(pipeline, rows, num_inference_steps=3, **options)))  # type: ignore[arg-type]
+def images(pipeline: DiTPipeline, rows: list[int], *, first_image: int = 0, **options: object) -> np.ndarray:
+    settings = GenerationSettings(num_inference_steps=3, **options)  # type: ignore[arg-type]
+    return np.concatenate(list(generate(pipeline, rows, settings, first_image=first_image)))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
@@ -101,7 +109,7 @@ def test_class_guidance_and_seed_matter(pipeline: DiTPipeline) -> None:
 
 
 def test_images_are_made_when_asked_for(pipeline: DiTPipeline) -> None:
-    batches = generate(pipeline, [*ROWS, -1, -1], batch_size=5, num_inference_steps=1)
+    batches = generate(pipeline, [*ROWS, -1, -1], GenerationSettings(batch_size=5, num_inference_steps=1))
     assert next(batches).shape == (5, 16, 16, 3)
     with pytest.raises(ValueError, match="class_labels=-1: allowed is rows of the label table, 0 to 1000"):
         next(batches)  # the rows of the second batch do not exist
@@ -112,7 +120,7 @@ def test_no_rows_no_images(pipeline: DiTPipeline) -> None:
 
 
 def test_samples_come_class_by_class(pipeline: DiTPipeline) -> None:
-    grid = class_samples(pipeline, [3, 1], 2, num_inference_steps=3, batch_size=3)
+    grid = class_samples(pipeline, [3, 1], 2, GenerationSettings(num_inference_steps=3, batch_size=3))
     np.testing.assert_allclose(grid, images(pipeline, [3, 3, 1, 1]), atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from speed_diffusers.generation.pretrained import load_pipeline, load_transforme
 from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 
-def test_the_shipped_pipeline_opens_and_knows_its_garments() -> None:
+def test_the_embedded_pipeline_opens_and_knows_its_classes() -> None:
     pipeline = load_pipeline("embedded")
     assert type(pipeline) is SpeeDDiTPipeline and isinstance(pipeline, DiTPipeline)
     assert type(pipeline.scheduler) is DDIMScheduler

@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL
 
 from speed_diffusers.data import ImageDataset, ImageSource, open_images
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import file_sha256
 from speed_diffusers.metrics import (
     FEATURE_DIM,
     SmallClassifier,
-    file_sha256,
     frechet_distance,
     load_classifier,
     load_extractor,

@@ -55,7 +55,7 @@ def test_the_shipped_checkpoint_scores_far_better_than_noise() -> None:
     assert values["class_agreement"] > 0.6 > noise.values["class_agreement"]
     assert values["frechet_distance"] < 0.5 * noise.values["frechet_distance"]
     assert values["kernel_distance"] < 0.5 * noise.values["kernel_distance"]
-    # Its precision is no worse: the same blurred thing over and over lies near the middle of all garments.
+    # Its precision is no worse: the same blurred thing over and over lies near the middle of all images.
     assert values["recall"] > 0.4 > noise.values["recall"]
     assert score.protocol == noise.protocol and score.weights_sha256 != noise.weights_sha256
     assert score.to_dict()["frechet_distance"] == score.frechet_distance == values["frechet_distance"]

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import tensors_sha256
-from speed_diffusers.generation.pretrained import load_pipeline
+from speed_diffusers.generation import GenerationSettings, generate, load_pipeline
 from speed_diffusers.metrics import load_reference, save_statistics
 from speed_diffusers.metrics.score_record import load_scores
 from speed_diffusers.train_scripts import evaluate, make_reference_statistics, train_dit_speed
@@ -26,30 +26,15 @@ QUICK = [*FEW, "metrics=frechet_distance,precision_recall"]
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_vae: Path, image_folder: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run that these tests share is trained by the first of them."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def trained(trained_folder: Path, train: Callable[..., Path]) -> Path:
     """A run of 12 steps with checkpoints at 5, 10 and 12."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    options = {
-        "train_data_dir": image_folder,
-        "dataset_name": "None",
-        "pretrained_vae_model_name_or_path": tiny_vae,
-        "cache_dir": cache_dir,
-        "output_dir": folder,
-        "model": "DiT-tiny/4",
-        "train_batch_size": 4,
-        "max_train_steps": 12,
-        "lr_warmup_steps": 2,
-        "logging_steps": 1,
-        "checkpointing_steps": 5,
-        "num_validation_images": 2,
-        "num_inference_steps": 2,
-        "report_to": "[]",
-        "num_score_images": "None",
-    }
-    train_dit_speed.main([f"{key}={value}" for key, value in options.items()])
-    return folder
+    return trained_folder if trained_folder.exists() else train(trained_folder)
 
 
 @pytest.fixture
@@ -61,17 +46,16 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of images of every generation."""
     counts: list[int] = []
-    generate = evaluate.score_pipeline.__globals__["generate"]
 
-    def counting(pipeline: Any, rows: list[int], **options: Any) -> Any:
+    def counting(pipeline: DiTPipeline, rows: Sequence[int], settings: GenerationSettings) -> Iterator[Any]:
         counts.append(len(rows))
-        return generate(pipeline, rows, **options)
+        return generate(pipeline, rows, settings)
 
-    monkeypatch.setitem(evaluate.score_pipeline.__globals__, "generate", counting)
-    yield counts
+    monkeypatch.setattr("speed_diffusers.metrics.score.generate", counting)
+    return counts
 
 
 def files(folder: Path) -> list[str]:
@@ -183,12 +167,13 @@ def test_an_interrupted_evaluation_goes_on_and_damage_is_measured_anew(run: Path
     assert generated == [8]
 
 
-def test_scores_go_with_the_run_that_is_overwritten(trained: Path, tmp_path: Path) -> None:
+def test_scores_go_with_the_run_that_is_overwritten(
+    trained: Path, tmp_path: Path, fresh_accelerate: Callable[[], None]
+) -> None:
     shutil.copytree(trained, tmp_path / "old")
     evaluate.main([f"models={tmp_path / 'old'}", *QUICK])
     assert load_scores(tmp_path / "old" / "scores")
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+    fresh_accelerate()
     short = ["max_train_steps=1", "lr_warmup_steps=0", "overwrite_output_dir=true", f"output_dir={tmp_path / 'old'}"]
     train_dit_speed.main([f"config={trained / 'config.yaml'}", *short])
     assert not (tmp_path / "old" / "scores").exists()

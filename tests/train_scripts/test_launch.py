@@ -53,7 +53,6 @@ def refuse(*address):
     sys.exit(f"the network was asked for {address}")
 socket.getaddrinfo = refuse
 sys.argv = sys.argv[1:]
-sys.path.insert(0, "train_scripts")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -100,7 +99,7 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "go on with resume_from_checkpoint=latest" in output
+    assert "resume with resume_from_checkpoint=latest" in output
     (stopped,) = (tmp_path / "stopped").glob("checkpoint-*")
     step = int(stopped.name.removeprefix("checkpoint-"))
     assert 3 <= step < 60
@@ -127,7 +126,7 @@ def test_two_processes_train_as_one_does(tiny_options: list[str], tmp_path: Path
         torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
 
 
-def test_sample_draws_the_shipped_checkpoint_and_refuses_unknown_garments(tmp_path: Path) -> None:
+def test_sample_takes_the_embedded_checkpoint_and_refuses_unknown_classes(tmp_path: Path) -> None:
     output = tmp_path / "grid.png"
     sample = [sys.executable, "train_scripts/sample.py", f"output={output}", "guidance_scale=1.5"]
     result = launch([*sample, "class_labels=Sneaker,Dress", "num_inference_steps=4", "num_images_per_class=2"])

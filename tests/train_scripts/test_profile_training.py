@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -18,10 +17,10 @@ from speed_diffusers.models import dit_config
 from speed_diffusers.reports.training_cost import training_flops
 from speed_diffusers.train_scripts.profile_training import ProfileConfig, main, part_times
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
-from speed_diffusers.training.config import TrainConfig
-from speed_diffusers.training.measured import run_steps, temporary_run, trainer_options
+from speed_diffusers.training.config import TrainConfig, trainer_options
 from speed_diffusers.training.profiling import OTHER, PARTS
-from speed_diffusers.training.setup import TrainingRun
+from speed_diffusers.training.setup import temporary_run
+from speed_diffusers.training.step import training_steps
 
 SHORT = ["profile_steps=2", "profile_warmup_steps=1"]
 PRESETS = [
@@ -31,11 +30,7 @@ PRESETS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate remembers its first set-up for the life of a process."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
@@ -118,27 +113,14 @@ def test_wrong_options_are_one_line(tiny_options: list[str], wrong: str, message
         main([*kept, wrong])
 
 
-def test_a_measurement_is_handed_the_steps_one_by_one(tiny_options: list[str], temporary_folder: Path) -> None:
+def test_a_temporary_run_leaves_nothing_behind(tiny_options: list[str], temporary_folder: Path) -> None:
     config = load_config(TrainConfig, tiny_options, SCRIPT_DIR)
-    steps = []
-
-    def measurement(run: TrainingRun, last: int):  # type: ignore[no-untyped-def]
-        for _ in range(last):
-            before = run.lr_scheduler.last_epoch
-            yield
-            steps.append(run.lr_scheduler.last_epoch - before)
-        return "measured"
-
-    with temporary_run(config, steps=3) as run:
+    with temporary_run(replace(config, overwrite_output_dir=True), steps=2) as run:
         assert run.output_dir.parent == temporary_folder
-        assert run_steps(run, measurement(run, 3)) == "measured"
-    assert steps == [1, 1, 1]
-    with (
-        temporary_run(replace(config, overwrite_output_dir=True), steps=1) as run,
-        pytest.raises(ValueError, match="more than the 1 steps"),
-    ):
-        run_steps(run, measurement(run, 4))
-    assert list(temporary_folder.iterdir()) == []
+        assert [step.done for step in training_steps(run)] == [1, 2], "and no more than it was made for"
+    with pytest.raises(KeyError, match="stopped"), temporary_run(config, steps=1):
+        raise KeyError("stopped")
+    assert list(temporary_folder.iterdir()) == [] and not Path(config.output_dir).exists()
 
 
 def test_kernels_belong_to_the_part_that_launched_them() -> None:

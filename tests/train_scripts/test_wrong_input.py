@@ -1,20 +1,16 @@
 """Wrong input to the training script: one clear line, nothing written."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.train_scripts.train_dit_speed import main
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def fails(options: list[str], message: str, output_dir: Path) -> None:
@@ -46,10 +42,10 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
         ("speed_weighting=p3", r"Unknown loss weighting \(speed_weighting\) 'p3'. Did you mean 'p2'"),
         ("speed_tau=1001", r"speed_tau=1001.0: must be a whole number in \[1, 1000\]"),
         ("speed_tau=0", r"speed_tau=0.0: must be a whole number in \[1, 1000\]"),
-        ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\].*negative"),
+        ("speed_lambda=5", r"speed_lambda=5.0: must lie in \[0.5, 1\]"),
         ("speed_lambda=0.4", r"speed_lambda=0.4: must lie in \[0.5, 1\]"),
-        ("speed_k=0.5", "speed_k=0.5: must be a finite number of at least 1"),
-        ("speed_r=1", "speed_r=1.0: must be a finite number above 1"),
+        ("speed_k=0.5", "speed_k=0.5: must be at least 1"),
+        ("speed_r=1", "speed_r=1.0: must be above 1"),
         ("model=DiT-XL/3", "Unknown model 'DiT-XL/3'. Did you mean 'DiT-XL/"),
         ("num_score_images=1", "num_score_images=1: must be at least 2"),
         ("sampler=ddmp", "Unknown sampler 'ddmp'.*Did you mean 'ddpm'"),
@@ -79,7 +75,7 @@ def fails(options: list[str], message: str, output_dir: Path) -> None:
             "no-checkpoint: no-checkpoint is not a folder",
         ),
         ("beta_schedule=cosine", "Unknown beta_schedule 'cosine'.*Allowed"),
-        ("beta_end=2", "beta_end=2.0: must be in order, and beta_end below 1"),
+        ("beta_end=2", r"beta_end=2.0: must lie in \(0, 1\)"),
         ("beta_start=0.5", "beta_start=0.5 beta_end=0.02: must be in order"),
         ("lr_scheduler=constant", "lr_warmup_steps=2: lr_scheduler=constant has none"),
     ],
@@ -111,9 +107,11 @@ def test_fine_tuning_keeps_whether_a_variance_is_learned(tiny_options: list[str]
     )
 
 
-def test_a_score_that_could_not_be_measured(tiny_options: list[str], tmp_path: Path) -> None:
+def test_a_score_that_could_not_be_measured(
+    tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
+) -> None:
     options = [option for option in tiny_options if not option.startswith("num_score_images")]
-    fails([*options, "num_score_images=20"], "is of the shipped garments, not of these images", tmp_path / "run")
+    fails([*options, "num_score_images=20"], "is of Fashion-MNIST, not of these images", tmp_path / "run")
     shipped = ["dataset_name=embedded", "pretrained_vae_model_name_or_path=embedded", f"output_dir={tmp_path / 'run'}"]
     for wrong, message in (
         (["score_reference=nowhere.safetensors"], "nowhere.safetensors"),
@@ -121,7 +119,7 @@ def test_a_score_that_could_not_be_measured(tiny_options: list[str], tmp_path: P
         (["num_score_images=3"], "num_images=3"),
         (["resolution=64"], "The reference .* is of 32x32 images"),
     ):
-        AcceleratorState._reset_state()
+        fresh_accelerate()
         fails([*shipped, *wrong], message, tmp_path / "run")
 
 
@@ -130,20 +128,24 @@ def test_a_schedule_without_signal_learns_no_variance_of_epsilon(tiny_options: l
     fails(options, "with rescale_betas_zero_snr take prediction_type=v_prediction", tmp_path / "run")
 
 
-def test_output_folder_that_is_a_file_or_cannot_be_written(tiny_options: list[str], tmp_path: Path) -> None:
+def test_output_folder_that_is_a_file_or_cannot_be_written(
+    tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
+) -> None:
     options = [option for option in tiny_options if not option.startswith("output_dir=")]
     file = tmp_path / "file"
     file.write_text("mine")
     for target in (file, file / "run"):
-        AcceleratorState._reset_state()
+        fresh_accelerate()
         fails([*options, f"output_dir={target}"], f"output_dir={target}: .*file is a file", target)
     assert file.read_text() == "mine"
-    AcceleratorState._reset_state()
+    fresh_accelerate()
     # A folder that not even root can write to.
     fails([*options, "output_dir=/proc/run"], "output_dir=/proc/run: /proc is not writable", Path("/proc/run"))
 
 
-def test_data_whose_labels_or_pictures_are_wrong(tiny_options: list[str], tmp_path: Path) -> None:
+def test_data_whose_labels_or_pictures_are_wrong(
+    tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
+) -> None:
     options = [option for option in tiny_options if not option.startswith("train_data_dir=")]
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -151,10 +153,10 @@ def test_data_whose_labels_or_pictures_are_wrong(tiny_options: list[str], tmp_pa
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(flat / "a.png")
-    AcceleratorState._reset_state()
+    fresh_accelerate()
     fails([*options, f"train_data_dir={flat}"], "label", tmp_path / "run")
     damaged = tmp_path / "damaged" / "cat"
     damaged.mkdir(parents=True)
     (damaged / "a.png").write_bytes(b"no picture")
-    AcceleratorState._reset_state()
+    fresh_accelerate()
     fails([*options, f"train_data_dir={damaged.parent}"], "a.png|row 0", tmp_path / "run")

@@ -1,40 +1,25 @@
 """The training script with other strategies than the paper's: densities that learn or change, and rectified flows."""
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler, feedback
+from run_outputs import metrics
+from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.errors import InputError
-from speed_diffusers.generation.generate import generate
+from speed_diffusers.generation import GenerationSettings, generate
 from speed_diffusers.generation.pretrained import load_pipeline, prediction_type_of
 from speed_diffusers.objective import denoising_loss
-from speed_diffusers.train_scripts import train_dit_speed
+from speed_diffusers.training import feedback
 from speed_diffusers.training.feedback import ErrorFeedback
 from speed_diffusers.training.step_draws import StepDraws
-
-
-def train(options: list[str], folder: Path, *extra: str) -> Path:
-    """A run in a folder; options may be given again in `extra`."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    given = {option.split("=")[0] for option in extra}
-    kept = [option for option in options if option.split("=")[0] not in {"output_dir", *given}]
-    train_dit_speed.main([*kept, f"output_dir={folder}", *extra])
-    return folder
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("images_per_second", "seconds")} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,22 +32,22 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("density", ["loss_second_moment", "information_rate"])
 def test_a_density_that_learns_resumes_exactly_between_two_updates(
-    tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, density: str
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, density: str
 ) -> None:
     monkeypatch.setattr(feedback, "STEPS_BETWEEN_UPDATES", 4)  # and checkpoints are saved at 5, 10 and 12
     strategy = [f"speed_sampling={density}", "num_train_timesteps=8", "num_inference_steps=2"]
-    whole = train(tiny_options, tmp_path / "whole", *strategy)
+    whole = train(tmp_path / "whole", *strategy)
     shutil.copytree(whole, tmp_path / "broken")
     for name in ("checkpoint-10", "checkpoint-12", "pipeline"):
         shutil.rmtree(tmp_path / "broken" / name)
-    broken = train(tiny_options, tmp_path / "broken", *strategy, "resume_from_checkpoint=latest")
+    broken = train(tmp_path / "broken", *strategy, "resume_from_checkpoint=latest")
     one, other = tensors(whole / "checkpoint-12"), tensors(broken / "checkpoint-12")
     assert one.keys() == other.keys() and any(name.startswith("speed/") for name in one)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert metrics(whole) == metrics(broken)
     (broken / "checkpoint-12" / "speed.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="speed.safetensors is damaged"):
-        train(tiny_options, broken, *strategy, f"resume_from_checkpoint={broken / 'checkpoint-12'}")
+        train(broken, *strategy, f"resume_from_checkpoint={broken / 'checkpoint-12'}")
 
 
 def test_feedback_is_the_sum_of_errors_since_the_last_update() -> None:
@@ -117,26 +102,25 @@ def test_progress_is_the_share_of_the_steps_that_are_done() -> None:
         ["speed_tau=0.7", "speed_sampling=logit_normal:mean=0.5,std=1"],
     ],
 )
-def test_strategies_train_by_their_names(tiny_options: list[str], tmp_path: Path, strategy: list[str]) -> None:
-    lines = metrics(train(tiny_options, tmp_path / "run", *strategy))
+def test_strategies_train_by_their_names(train: Callable[..., Path], tmp_path: Path, strategy: list[str]) -> None:
+    lines = metrics(train(tmp_path / "run", *strategy))
     assert len(lines) == 12 and np.isfinite([line["loss"] for line in lines]).all()
 
 
-def test_a_flow_is_trained_saved_and_sampled(tiny_options: list[str], tmp_path: Path) -> None:
-    folder = train(tiny_options, tmp_path / "flow", "prediction_type=flow_prediction", "flow_shift=2")
+def test_a_flow_is_trained_saved_and_sampled(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = train(tmp_path / "flow", "prediction_type=flow_prediction", "flow_shift=2")
     lines = metrics(folder)
     assert np.isfinite([line["loss"] for line in lines]).all()
     pipeline = load_pipeline(str(folder))
     assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler and pipeline.scheduler.config.shift == 2
     assert prediction_type_of(str(folder)) == "flow_prediction"
     for sampler in (None, "heun"):
-        (images,) = generate(pipeline, [0, 1], sampler=sampler, num_inference_steps=3, guidance_scale=2.0)
+        settings = GenerationSettings(sampler=sampler, num_inference_steps=3, guidance_scale=2.0)
+        (images,) = generate(pipeline, [0, 1], settings)
         assert images.shape == (2, 32, 32, 3) and np.isfinite(images).all()
     with pytest.raises(InputError, match="trained for flow matching; use euler or heun"):
-        list(generate(pipeline, [0], sampler="ddim"))
-    tuned = train(
-        tiny_options, tmp_path / "tuned", "prediction_type=flow_prediction", f"pretrained_model_name_or_path={folder}"
-    )
+        list(generate(pipeline, [0], GenerationSettings(sampler="ddim")))
+    tuned = train(tmp_path / "tuned", "prediction_type=flow_prediction", f"pretrained_model_name_or_path={folder}")
     assert metrics(tuned)[0]["loss"] < lines[0]["loss"]
 
 
@@ -182,8 +166,8 @@ def test_the_loss_of_a_flow_is_the_hand_formula(converted: bool) -> None:
     ],
 )
 def test_what_does_not_fit_is_one_line(
-    tiny_options: list[str], tmp_path: Path, wrong: list[str], message: str
+    train: Callable[..., Path], tmp_path: Path, wrong: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        train(tiny_options, tmp_path / "run", *wrong)
+        train(tmp_path / "run", *wrong)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

@@ -1,0 +1,113 @@
+"""The options of the training script: their ranges, and that SpeeD's are those of `SpeeDOptions`."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Setting, help_text, settings_of
+from speed_diffusers.errors import InputError
+from speed_diffusers.settings import SPEED_DEFAULTS, SPEED_KEYS, SpeeDOptions
+from speed_diffusers.strategy import REGISTRIES
+from speed_diffusers.training.config import TrainConfig, trainer_options
+
+SETTINGS = settings_of(TrainConfig)
+RANGED = {key: setting for key, setting in SETTINGS.items() if setting.interval is not None}
+# What must be in order with another option is moved along with it, so that the range alone decides.
+ALONG = {
+    "beta_start": lambda value: {"beta_end": value},
+    "beta_end": lambda value: {"beta_start": math.nextafter(0.0, 1.0)},
+    "num_train_timesteps": lambda value: {"num_inference_steps": 1},
+    "num_inference_steps": lambda value: {"num_train_timesteps": max(value, 2)},
+    "speed_anneal_start": lambda value: {"speed_anneal_end": 1.0},
+    "speed_anneal_end": lambda value: {"speed_anneal_start": 0.0},
+}
+
+
+def at_the_ends(setting: Setting) -> tuple[list[float], list[float]]:
+    """The last values inside an option's range and the first outside, at each end that is finite."""
+    assert setting.interval is not None
+    text, inside, outside = setting.interval.text, [], []
+    for end, is_closed, inwards in zip(setting.interval.ends, (text[0] == "[", text[-1] == "]"), (1, -1), strict=True):
+        if math.isfinite(end):
+            value = setting.item(end)
+            inside.append(value if is_closed else neighbour(value, inwards))
+            outside.append(neighbour(value, -inwards) if is_closed else value)
+    return inside, outside
+
+
+def neighbour(value: float, direction: int) -> float:
+    """The next number of the same type."""
+    return value + direction if isinstance(value, int) else math.nextafter(value, direction * math.inf)
+
+
+def at(key: str, value: float) -> dict[str, float]:
+    """The options that put one to a value."""
+    return {**ALONG.get(key, lambda value: {})(value), key: value}
+
+
+@pytest.mark.parametrize("key", RANGED)
+def test_the_ends_of_a_range_decide(key: str) -> None:
+    setting = RANGED[key]
+    inside, outside = at_the_ends(setting)
+    assert outside, "a range without a finite end is none"
+    for value in outside:
+        with pytest.raises(InputError) as caught:
+            TrainConfig(**at(key, value))  # type: ignore[arg-type]
+        assert str(caught.value) == f"{key}={value}: {setting.interval.rule}."  # type: ignore[union-attr]
+    for value in inside:
+        assert getattr(TrainConfig(**at(key, value)), key) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", [key for key, setting in RANGED.items() if setting.optional])
+def test_none_has_no_range(key: str, tmp_path: Path) -> None:
+    assert getattr(TrainConfig(**{key: None}), key) is None  # type: ignore[arg-type]
+    assert getattr(load_config(TrainConfig, [f"{key}=None"], tmp_path), key) is None
+
+
+def test_ranges_are_checked_on_the_way_in_and_shown_in_help(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("speed_k: 0.5")
+    with pytest.raises(InputError) as caught:
+        load_config(TrainConfig, [f"config={path}"], tmp_path)
+    assert str(caught.value) == f"{path}: speed_k=0.5: must be at least 1."
+    text = help_text(TrainConfig, None)
+    assert "  speed_k: a finite number in [1, inf), default 5.0\n" in text
+    for key, setting in RANGED.items():
+        assert f"\n  {key}: {setting.words} in {setting.interval}, default {setting.default}\n" in text
+
+
+def test_every_number_has_a_range_or_says_why_not() -> None:
+    numbers = {key for key, setting in SETTINGS.items() if setting.item in (int, float)}
+    # tau's range depends on the number of timesteps.
+    assert numbers - set(RANGED) == {"speed_tau"}
+
+
+def test_the_options_of_speed_are_those_of_the_library() -> None:
+    theirs = settings_of(TrainConfig)
+    ours = {field.name: field for field in fields(SpeeDOptions)}
+    assert [key for key in theirs if key.startswith("speed_")] == list(SPEED_KEYS) == list(SPEED_DEFAULTS)
+    for key, name in SPEED_KEYS.items():
+        assert theirs[key].default == SPEED_DEFAULTS[key], key
+        assert theirs[key].interval == ours[name].metadata["interval"], key
+        assert theirs[key].help.startswith(ours[name].metadata["help"]), key
+    config = TrainConfig(speed_lambda=0.7, speed_k=3.0)  # type: ignore[call-arg]
+    assert config.speed == {**SPEED_DEFAULTS, "speed_lambda": 0.7, "speed_k": 3.0}
+    assert SpeeDOptions.from_config(config.speed, "epsilon") == SpeeDOptions(lambda_=0.7, k=3.0)
+
+
+def test_help_tells_what_may_be_chosen() -> None:
+    for key, registry in REGISTRIES.items():
+        setting = SETTINGS[key]
+        assert set(setting.choices) == set(registry) or all(f"{name}:" in setting.help for name in registry), key
+
+
+def test_the_trainers_options_are_taken_out_of_those_of_a_script_that_has_more() -> None:
+    class Wider(TrainConfig):
+        """Options of some script."""
+
+    config = Wider(seed=3, speed_k=2.0)  # type: ignore[call-arg]
+    assert trainer_options(config) == TrainConfig(seed=3, speed_k=2.0)  # type: ignore[call-arg]
+    assert type(trainer_options(config)) is TrainConfig
