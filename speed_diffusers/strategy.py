@@ -116,7 +116,7 @@ class SpeeDStrategy:
                     f"speed_sampling='{self._sampling}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were "
                     "drawn without update_speed, so it stays as it is. Tell it the losses of each timestep.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
         return self.tables(progress)
 

@@ -129,8 +129,14 @@ def test_initialisation_is_dits() -> None:
     for weight in (table, embedder.timestep_embedder.linear_1.weight, embedder.timestep_embedder.linear_2.weight):
         assert float(weight.std()) == pytest.approx(0.02, rel=0.05) and abs(float(weight.mean())) < 0.002
     for block in transformer.transformer_blocks:
-        for linear in (block.attn1.to_q, block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2]):
-            bound = (6 / sum(linear.weight.shape)) ** 0.5
+        width = 64
+        # Query, key and value are one layer (h, 3h) in DiT's own code.
+        bounds = dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (6 / (4 * width)) ** 0.5)
+        bounds |= {
+            linear: (6 / sum(linear.weight.shape)) ** 0.5
+            for linear in (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
+        }
+        for linear, bound in bounds.items():
             assert bound * 0.99 < float(linear.weight.abs().max()) <= bound
             assert float(linear.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
             assert torch.count_nonzero(linear.bias) == 0

@@ -155,7 +155,7 @@ def expected_rivals(snr: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         ("soft_min_snr:gamma=1", "epsilon"): 1 / (1 + snr),
         ("debiased", "epsilon"): snr**-0.5,
         ("debiased", "v_prediction"): snr**0.5 / (1 + snr),
-        ("debiased:limit=10", "epsilon"): np.minimum(snr**-0.5, 10),
+        ("debiased:max_snr=1000", "epsilon"): np.minimum(snr, 1000) ** -0.5,
         ("max_snr", "sample"): np.maximum(snr, 1.0),
         ("max_snr", "epsilon"): np.maximum(snr, 1.0) / snr,
         ("max_snr:gamma=0.1", "v_prediction"): np.maximum(snr, 0.1) / (snr + 1),

@@ -7,12 +7,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from speed_diffusers.generation import SAMPLERS
 from speed_diffusers.metrics import METRICS
+from speed_diffusers.process import ForwardProcess
 from speed_diffusers.registry import Registry
-from speed_diffusers.settings import SPEED_KEYS
-from speed_diffusers.timesteps import DENSITIES, DRAWS
+from speed_diffusers.settings import SPEED_KEYS, SpeeDSettings
+from speed_diffusers.timesteps import DENSITIES, DRAWS, timestep_pmf
 from speed_diffusers.training.profiling import OperationCounter
 from speed_diffusers.weightings import WEIGHTINGS
 
@@ -84,3 +86,21 @@ def test_the_benchmark_has_a_row_for_everything() -> None:
     rows = BENCHMARK.strategies()
     for kind, registry in (("sampling", DENSITIES), ("weighting", WEIGHTINGS), ("draw", DRAWS)):
         assert {f"{kind} {name}" for name in registry} <= set(rows)
+
+
+@pytest.mark.parametrize("recipe", MAKER.RECIPES)
+def test_equal_settings_are_equal_and_go_the_way_that_the_page_says(recipe: str) -> None:
+    process = ForwardProcess.rectified_flow(1000)
+    (row,) = (line for line in MAKER.equal_settings_table().splitlines() if line.startswith(f"| {recipe} |"))
+    choices = re.findall(r"`([a-z_]+:[^`]+)`", row)
+    assert [choice.split(":")[0] for choice in choices] == ["gaussian", "logit_normal", "edm"]
+    settings = SpeeDSettings.resolve(process)
+    first, *others = (timestep_pmf(choice, process, settings) for choice in choices)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-9, atol=0)
+    # diffusers' scripts draw u and take entry u T of a table that begins with the most noise.
+    mean, std = map(float, re.findall(r"--logit_(?:mean|std) (\S+)", row.rstrip("`| ")))
+    scheme = {"weighting_scheme": "logit_normal", "logit_mean": mean, "logit_std": std}
+    u = compute_density_for_timestep_sampling(**scheme, batch_size=200_000, generator=torch.Generator().manual_seed(0))
+    theirs = 999 - (u * 1000).long()
+    assert float(theirs.double().mean()) == pytest.approx(float((first * torch.arange(1000)).sum()), abs=2.0)

@@ -138,3 +138,23 @@ def test_unknown_sampler_names_the_nearest() -> None:
 def test_ancestral_euler_says_what_it_lacks() -> None:
     with pytest.raises(InputError, match="euler_ancestral: .*predict the sample; use ddpm"):
         make_sampler("euler_ancestral", gaussian_pipeline(prediction_type="sample"))
+
+
+def respaced_by_dits_code(steps: int, num_timesteps: int = 1000) -> list[int]:
+    """Timesteps as the respacing of DiT's code accumulates them, from an equal stride."""
+    stride, position, found = (num_timesteps - 1) / (steps - 1), 0.0, []
+    for _ in range(steps):
+        found.append(round(position))
+        position += stride
+    return found
+
+
+def test_respaced_steps_are_dits_but_for_two_numbers_of_steps() -> None:
+    scheduler = DDPMScheduler(timestep_spacing="linspace")
+    differing = {}
+    for steps in range(2, 1001):
+        scheduler.set_timesteps(steps)
+        ours = scheduler.timesteps.flip(0).tolist()
+        if count := sum(one != other for one, other in zip(ours, respaced_by_dits_code(steps), strict=True)):
+            differing[steps] = count
+    assert differing == {501: 1, 999: 1}

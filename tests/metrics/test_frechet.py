@@ -167,3 +167,12 @@ def test_statistics_of_different_extractors_do_not_compare():
     zero, one = torch.zeros(DIM), torch.eye(DIM)
     with pytest.raises(InputError, match="classifier aaa and bbb"):
         frechet_distance(gaussian(zero, one, "aaa"), gaussian(zero, one, "bbb"))
+
+
+def test_an_ill_conditioned_set_is_at_no_distance_from_itself():
+    """Scales of 1e-3 to 10: squared eigenvalues would lose the small directions."""
+    features = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scales = torch.logspace(-3, 1, 64, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    statistics = statistics_of([features * scales @ rotation])
+    assert frechet_distance(statistics, statistics) < 1e-10

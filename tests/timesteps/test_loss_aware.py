@@ -1,13 +1,21 @@
 """Densities that learn from the losses of a training: what they become, their state, and what they refuse."""
 
-import logging
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, PNDMScheduler
 
 from noise_schedules import process_named
-from speed_diffusers import InputError, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
+from speed_diffusers import (
+    InputError,
+    SpeeDDDPMScheduler,
+    SpeeDFlowMatchEulerDiscreteScheduler,
+    SpeeDOptions,
+    SpeeDStrategy,
+    speed_scheduler,
+)
 from speed_diffusers.predictions import epsilon_error_ratio
 from speed_diffusers.timesteps import DENSITIES
 
@@ -169,10 +177,23 @@ def test_state_of_another_density_or_process_is_refused() -> None:
         learner.load_state_dict(strategy(sampling="information_rate:bins=50").state_dict())
 
 
+MAKERS = {
+    "constructor": lambda sampling: SpeeDDDPMScheduler(speed_sampling=sampling),
+    "from_config": lambda sampling: SpeeDDDPMScheduler.from_config(DDPMScheduler().config, speed_sampling=sampling),
+    "flow": lambda sampling: SpeeDFlowMatchEulerDiscreteScheduler(speed_sampling=sampling),
+    "factory": lambda sampling: speed_scheduler(PNDMScheduler(), speed_sampling=sampling),
+}
+
+
 @pytest.mark.parametrize("sampling", LEARNING)
-def test_learning_without_being_told_anything_warns_once(sampling: str, caplog: pytest.LogCaptureFixture) -> None:
-    scheduler = SpeeDDDPMScheduler(speed_sampling=sampling)
-    with caplog.at_level(logging.WARNING, logger="speed_diffusers"):
-        for _ in range(1500):
+@pytest.mark.parametrize("maker", MAKERS)
+def test_learning_without_being_told_anything_warns_once(sampling: str, maker: str) -> None:
+    """As a Python warning: scripts configure loggers, and drop what a library logs."""
+    scheduler = MAKERS[maker](sampling)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2000):
             scheduler.sample_timesteps(1)
-    assert [f"'{sampling}' learns" in record.getMessage() for record in caplog.records] == [True]
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == 1 and f"'{sampling}' is loss-aware" in messages[0] and "update_speed" in messages[0]
+    assert caught[0].filename == __file__
