@@ -26,7 +26,8 @@ TRAIN = [
     "pyyaml",
 ]
 EVAL = ["clean-fid", "scipy"]
-TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil"]
+# peft, which needs transformers, is for the test of a LoRA training loop.
+TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "peft>=0.21"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
 # They stand at the top because one runs them: a script by its path, a pipeline's file as diffusers' custom_pipeline.

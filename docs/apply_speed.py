@@ -22,6 +22,7 @@ FLOWS = ("FlowMatchEulerDiscreteScheduler",)
 BESIDE = ("EulerDiscreteScheduler",)
 MSE = ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss")
 ERRORS = (*MSE, "conditional_loss", "F.l1_loss", "F.huber_loss", "F.smooth_l1_loss")
+WEIGHTING_SCHEMES = "compute_loss_weighting_for_sd3"
 PER_IMAGE = (".mean([1, 2, 3])", ".sum([1, 2, 3])", ".mean(dim=[1, 2, 3])", ".mean(dim=(1, 2, 3))")
 
 
@@ -236,8 +237,7 @@ def table_draw(script: Script, name: str, node: ast.Assign, known: set[str], flo
     source = single_assignment(script, function, factors[0].id, index)
     random = without(source.value, "to")
     if called(random) == "torch.sigmoid" and isinstance(random, ast.Call):
-        inner = random.args[0]
-        random = next((call for call in ast.walk(inner) if called(call) in ("torch.randn", "torch.normal")), inner)
+        random = next(iter(calls_in(random.args[0], ("torch.randn", "torch.normal"))), random)
     known_draws = ("compute_density_for_timestep_sampling", "torch.rand", "torch.randn", "torch.normal")
     size = size_of(script, random) if isinstance(random, ast.Call) and called(random) in known_draws else None
     if size is None:
@@ -321,11 +321,13 @@ def apply_speed(source: str) -> tuple[str, list[str]]:
     if len({(d.scheduler, d.timesteps, script.function(d.statements[0])) for d in draws}) != 1:
         lines = ", ".join(str(d.statements[0].lineno) for d in draws)
         raise Refused(f"lines {lines}: timesteps are drawn in more than one way")
-    scheduler, timesteps = draws[0].scheduler, draws[0].timesteps
+    scheduler = draws[0].scheduler
+    around = [script.function(draws[0].statements[0]), *script.ancestors(draws[0].statements[0])]
+    made = {name: [(n, cls) for n, cls in places if script.function(n) in around] for name, places in made.items()}
     speed = change_scheduler(script, scheduler, classes[scheduler], made, copies)
     for drawn in draws:
         change_draw(script, drawn, speed)
-    change_losses(script, draws, speed, scheduler, timesteps)
+    Losses(script, draws, speed).change()
     add_import(script, "SpeeDDDPMScheduler" if speed != scheduler else "speed_scheduler")
     script.report.sort(key=lambda line: int(line.split(":")[0].split()[1]))
     return script.result(), script.report
@@ -344,16 +346,18 @@ def change_scheduler(
         script.replace(node.value, f"speed_scheduler({origin})")
         script.note(node, f"{name} = speed_scheduler({origin})")
         return name
+    if not made[name]:
+        raise Refused(f"{name} is made in another function than the one that draws timesteps")
     if not classes & {*TRAINED, *FLOWS, *BESIDE}:
         raise Refused(f"line {made[name][0][0].lineno}: {', '.join(sorted(classes))} is not known to SpeeD")
-    statements = {outermost_choice(script, node, len(made[name])) for node, _ in made[name]}
-    for node in sorted(statements, key=lambda node: node.lineno):
+    places = {outermost_choice(script, node, len(made[name])) for node, _ in made[name]}
+    for place in sorted(places, key=lambda place: place.lineno):
         if classes <= set(BESIDE):
-            script.insert_after(node, f"{name}_speed = SpeeDDDPMScheduler.from_config({name}.config)")
-            script.note(node, f"{name}_speed = SpeeDDDPMScheduler.from_config({name}.config), beside {name}")
+            script.insert_after(place, f"{name}_speed = SpeeDDDPMScheduler.from_config({name}.config)")
+            script.note(place, f"{name}_speed = SpeeDDDPMScheduler.from_config({name}.config), beside {name}")
         else:
-            script.insert_after(node, f"{name} = speed_scheduler({name})")
-            script.note(node, f"{name} = speed_scheduler({name})")
+            script.insert_after(place, f"{name} = speed_scheduler({name})")
+            script.note(place, f"{name} = speed_scheduler({name})")
     if classes <= set(BESIDE):
         return f"{name}_speed"
     for call in ast.walk(script.tree):
@@ -385,93 +389,139 @@ def change_draw(script: Script, drawn: Draw, speed: str) -> None:
     script.note(drawn.statements[0], new)
 
 
-def change_losses(script: Script, draws: list[Draw], speed: str, scheduler: str, timesteps: str) -> None:
-    """Weighs the losses, chunked where the batch holds images for prior preservation."""
-    first = draws[0].statements[0]
-    function = script.function(first)
-    drawn = {statement for draw in draws for statement in draw.statements}
-    later = [
-        (name, node)
-        for name, node in script.assignments(function)
-        if node.lineno > first.lineno and node not in drawn and script.function(node) is function
-    ]
-    for node in ast.walk(function):
-        if isinstance(node, ast.BinOp) and ast.unparse(node).replace("1.0", "1") == "(1 - sigmas) * noise":
-            raise Refused(f"line {node.lineno}: noise and images change places, so sigma = 1 is no noise at all")
-    check_timesteps_stay(script, later, timesteps)
-    weighting = next((n for n, node in later if called(node.value) == "compute_loss_weighting_for_sd3"), None)
-    target_chunk, prior_names, weighting_chunked = find_chunks(function, first, weighting)
-    weights_of_batch = f"{speed}.loss_weights({timesteps}{'' if speed == scheduler else '.long()'})"
-    chunk_weights = False
+class Losses:
+    """The losses of the function that draws timesteps, and their weights.
 
-    def weights(node: ast.AST) -> str:
-        if target_chunk is None:
-            return weights_of_batch
-        return "speed_weights_prior" if names(node) & prior_names else "speed_weights"
+    Where the batch holds images for prior preservation, the weights are chunked as the target is.
 
-    changed, handled = 0, set()
-    for name, node in later:
+    Args:
+        script: The script.
+        draws: Where timesteps are drawn.
+        speed: The name of the scheduler that weighs.
+    """
+
+    def __init__(self, script: Script, draws: list[Draw], speed: str) -> None:
+        self.script = script
+        self.first = draws[0].statements[0]
+        self.function = script.function(self.first)
+        self.timesteps = draws[0].timesteps
+        drawn = {statement for draw in draws for statement in draw.statements}
+        self.later = [
+            (name, node)
+            for name, node in script.assignments(self.function)
+            if node.lineno > self.first.lineno and node not in drawn and script.function(node) is self.function
+        ]
+        self.weights = f"{speed}.loss_weights({self.timesteps}{'' if speed == draws[0].scheduler else '.long()'})"
+        schemes = [name for name, node in self.later if called(node.value) == WEIGHTING_SCHEMES]
+        self.weighting = schemes[0] if schemes else None
+        self.target_chunk, self.prior, self.weighting_chunked = find_chunks(self.function, self.first, self.weighting)
+        self.handled: set[ast.Call] = set()
+        self.chunk_weights = False
+
+    def change(self) -> None:
+        """Edits all of them.
+
+        Raises:
+            Refused: There is none of a known form, or one that is not known.
+        """
+        check_noise(self.function)
+        check_timesteps_stay(self.script, self.later, self.timesteps)
+        changed = [self.change_scheme(name, node) or self.change_loss(name, node) for name, node in self.later]
+        for call in calls_in(self.function, ERRORS):
+            if call.lineno > self.first.lineno and call not in self.handled:
+                raise Refused(f"line {call.lineno}: it is not known how this error becomes the loss")
+        if not any(changed):
+            raise Refused(f"no loss after line {self.first.lineno} has a form that is known")
+        if self.target_chunk is not None:
+            self.chunk(self.target_chunk)
+        if "precondition_outputs" in self.script.source and self.weighting is not None:
+            note = "train with --precondition_outputs 0: SpeeD's weights are those of the velocity's error"
+            self.script.note(self.first, note)
+
+    def change_scheme(self, name: str, node: ast.Assign) -> bool:
+        """Puts SpeeD's weights in the place of SD3's weighting schemes."""
         value = node.value
-        if called(value) == "compute_loss_weighting_for_sd3" and isinstance(value, ast.Call):
-            sigmas = keyword(value, "sigmas") or value.args[1]
-            new = f"{weights_of_batch}.view({script.text(sigmas)}.shape)"
-            script.replace(value, new)
-            script.note(node, f"{name} = {new}, in place of --weighting_scheme's")
-            changed += 1
-            continue
+        if called(value) != WEIGHTING_SCHEMES or not isinstance(value, ast.Call):
+            return False
+        new = f"{self.weights}.view({self.script.text(keyword(value, 'sigmas') or value.args[1])}.shape)"
+        self.script.replace(value, new)
+        self.script.note(node, f"{name} = {new}, in place of --weighting_scheme's")
+        return True
+
+    def change_loss(self, name: str, node: ast.Assign) -> bool:
+        """Weighs a loss where its mean over the batch is taken; False if this is no such place."""
+        script, value = self.script, node.value
         errors = calls_in(value, ERRORS)
-        is_mean = called(value).endswith(".mean") and script.text(value).endswith(".mean()")
-        is_mean_per_image = called(value) == "torch.mean" and ".reshape(" in script.text(value) and "loss" in name
-        snr_branch = branch(script, node, "snr_gamma")
-        if snr_branch is not None and ("is None" in snr_branch[0]) != snr_branch[1]:
-            if errors:
-                script.note(node, "--snr_gamma's branch is left alone: its own weights in place of SpeeD's")
-                handled |= set(errors)
-            continue
-        if weighting is not None and names(value) & {weighting, f"{weighting}_prior"} and not errors:
-            if names(value) & prior_names and not weighting_chunked:
-                replace_names(script, value, weighting, f"{weighting}_prior")
-            continue
-        if branch(script, node, "weighting is not None") == ("weighting is not None", True):
-            script.note(node, "left alone: speed_scheduler refuses the schedulers that come here")
-            continue
-        if is_mean_per_image:
-            script.insert_after(node, f"{name} = {weights(value)} * {name}")
-        elif "loss" in name and is_mean and any(form in script.text(value) for form in PER_IMAGE):
+        if self.left_alone(node, errors):
+            return False
+        weights = self.weights
+        if self.target_chunk is not None:
+            weights = "speed_weights_prior" if names(value) & self.prior else "speed_weights"
+        if called(value) == "torch.mean" and ".reshape(" in script.text(value) and "loss" in name:
+            script.insert_after(node, f"{name} = {weights} * {name}")
+        elif "loss" in name and is_mean_of_means(script, value):
             assert isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute)
             per_image = script.text(value.func.value)
             per_image = f"({per_image})" if isinstance(value.func.value, ast.BinOp) else per_image
-            script.replace(value, f"({weights(value)} * {per_image}).mean()")
+            script.replace(value, f"({weights} * {per_image}).mean()")
         elif len(errors) == 1 and value is errors[0] and reduction(errors[0]) == "mean":
             change_reduction(script, errors[0])
-            shape = f".view(-1, *[1] * ({name}.ndim - 1))"
-            script.insert_after(node, f"{name} = ({weights(value)}{shape} * {name}).mean()")
+            script.insert_after(node, f"{name} = ({weights}.view(-1, *[1] * ({name}.ndim - 1)) * {name}).mean()")
         elif len(errors) == 1 and reduction(errors[0]) == "none" and isinstance(script.parents[errors[0]], ast.BinOp):
-            shape = f".view(-1, *[1] * ({script.text(without(errors[0].args[0], 'float'))}.ndim - 1))"
-            script.replace(errors[0], f"{weights(value)}{shape} * {script.text(errors[0])}")
+            prediction = script.text(without(errors[0].args[0], "float"))
+            shaped = f"{weights}.view(-1, *[1] * ({prediction}.ndim - 1))"
+            script.replace(errors[0], f"{shaped} * {script.text(errors[0])}")
         elif len(errors) == 1 and value is errors[0] and reduction(errors[0]) == "none":
-            handled |= set(errors)  # the statement that takes the mean is the one to change
-            continue
+            self.handled |= set(errors)  # the statement that takes the mean is the one to change
+            return False
         else:
-            continue
-        handled |= set(errors)
-        script.note(node, f"{name} is weighed by {weights(value)}")
-        chunk_weights = chunk_weights or target_chunk is not None
-        changed += 1
-    unknown = [c.lineno for c in calls_in(function, ERRORS) if c.lineno > first.lineno and c not in handled]
-    if unknown:
-        raise Refused(f"line {unknown[0]}: it is not known how this error becomes the loss")
-    if not changed:
-        raise Refused(f"no loss after line {first.lineno} has a form that is known")
-    if target_chunk is not None and weighting is not None and not weighting_chunked:
-        script.insert_after(target_chunk, f"{weighting}, {weighting}_prior = torch.chunk({weighting}, 2, dim=0)")
-        script.note(target_chunk, f"{weighting} is chunked as the target is")
-    if target_chunk is not None and chunk_weights:
-        script.insert_before(outermost_condition(script, target_chunk, "prior"), f"speed_weights = {weights_of_batch}")
-        script.insert_after(target_chunk, "speed_weights, speed_weights_prior = torch.chunk(speed_weights, 2, dim=0)")
-        script.note(target_chunk, "the weights are chunked as the target is")
-    if "precondition_outputs" in script.source and weighting is not None:
-        script.note(first, "train with --precondition_outputs 0: SpeeD's weights are those of the velocity's error")
+            return False
+        self.handled |= set(errors)
+        self.chunk_weights = self.target_chunk is not None
+        script.note(node, f"{name} is weighed by {weights}")
+        return True
+
+    def left_alone(self, node: ast.Assign, errors: list[ast.Call]) -> bool:
+        """Whether a statement weighs in its own way, or by a weighting that SpeeD's has replaced."""
+        snr = branch(self.script, node, "snr_gamma")
+        if snr is not None and ("is None" in snr[0]) != snr[1]:
+            if errors:
+                self.script.note(node, "--snr_gamma's branch is left alone: its own weights in place of SpeeD's")
+            self.handled |= set(errors)
+            return True
+        if self.weighting is not None and names(node.value) & {self.weighting, f"{self.weighting}_prior"}:
+            if names(node.value) & self.prior and not self.weighting_chunked:
+                replace_names(self.script, node.value, self.weighting, f"{self.weighting}_prior")
+            return not errors
+        if branch(self.script, node, "weighting is not None") == ("weighting is not None", True):
+            self.script.note(node, "left alone: speed_scheduler refuses the schedulers that come here")
+            return True
+        return False
+
+    def chunk(self, target_chunk: ast.stmt) -> None:
+        """Chunks the weights as the target is."""
+        if self.weighting is not None and not self.weighting_chunked:
+            halves = f"{self.weighting}, {self.weighting}_prior"
+            self.script.insert_after(target_chunk, f"{halves} = torch.chunk({self.weighting}, 2, dim=0)")
+            self.script.note(target_chunk, f"{self.weighting} is chunked as the target is")
+        if self.chunk_weights:
+            before = outermost_condition(self.script, target_chunk, "prior")
+            self.script.insert_before(before, f"speed_weights = {self.weights}")
+            halves = "speed_weights, speed_weights_prior"
+            self.script.insert_after(target_chunk, f"{halves} = torch.chunk(speed_weights, 2, dim=0)")
+            self.script.note(target_chunk, "the weights are chunked as the target is")
+
+
+def is_mean_of_means(script: Script, value: ast.expr) -> bool:
+    """Whether this is X.mean(), where X has one entry per image."""
+    text = script.text(value)
+    return called(value).endswith(".mean") and text.endswith(".mean()") and any(form in text for form in PER_IMAGE)
+
+
+def check_noise(function: ast.AST) -> None:
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp) and ast.unparse(node).replace("1.0", "1") == "(1 - sigmas) * noise":
+            raise Refused(f"line {node.lineno}: noise and images change places, so sigma = 1 is no noise at all")
 
 
 def check_timesteps_stay(script: Script, later: list[tuple[str, ast.Assign]], timesteps: str) -> None:
