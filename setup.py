@@ -28,6 +28,8 @@ TRAIN = [
 EVAL = ["clean-fid", "scipy"]
 # setuptools: a test builds the wheel, which it can only do with what is installed.
 TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
+# For the test of a LoRA training loop. Apart, because diffusers imports peft, and peft transformers, wherever it is there.
+LORA = ["peft>=0.13"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
 # They stand at the top because one runs them: a script by its path, a pipeline's file as diffusers' custom_pipeline.
@@ -62,6 +64,6 @@ setup(
     package_dir=AT_THE_TOP,
     package_data={"speed_diffusers": ["py.typed", "assets/**"], "speed_diffusers.train_scripts": ["configs/**"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "dev": DEV},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "lora": LORA, "dev": DEV},
     zip_safe=False,
 )

@@ -64,7 +64,7 @@ def unconditional(model: Any, batches: Any, args: Any) -> Trace:
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
         model_output = model(noisy_images, timesteps).sample
         if args.prediction_type == "epsilon":
-            loss = F.mse_loss(model_output.float(), noise.float())
+            loss = F.mse_loss(model_output.float(), noise.float())  # this could have different weights!
         else:
             alpha_t = noise_scheduler.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
             snr_weights = alpha_t / (1 - alpha_t)
@@ -108,6 +108,38 @@ def text_to_image(unet: Any, batches: Any, args: Any) -> Trace:
     return trace
 
 
+def dreambooth(unet: Any, batches: Any, args: Any) -> Trace:
+    """As train_dreambooth.py and train_dreambooth_lora.py: the second half of a batch is that of the prior."""
+    trace = Trace()
+    noise_scheduler: Any
+    noise_scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+    optimizer = optimizer_of(unet)
+    for model_input, encoder_hidden_states in batches:
+        noise = torch.randn_like(model_input)
+        bsz = model_input.shape[0]
+        # fmt: off
+        timesteps = torch.randint(
+            0, noise_scheduler.config.num_train_timesteps, (bsz,), device=model_input.device
+        )
+        # fmt: on
+        timesteps = timesteps.long()
+        noisy_model_input = noise_scheduler.add_noise(model_input, noise, timesteps)
+        v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
+        target = noise_scheduler.get_velocity(model_input, noise, timesteps) if v_prediction else noise
+        prediction = unet(noisy_model_input, timesteps, encoder_hidden_states, return_dict=False)[0]
+        model_pred = prediction
+        if args.with_prior_preservation:
+            model_pred, model_pred_prior = torch.chunk(model_pred, 2, dim=0)
+            target, target_prior = torch.chunk(target, 2, dim=0)
+            prior_loss = F.mse_loss(model_pred_prior.float(), target_prior.float(), reduction="mean")
+        loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
+        if args.with_prior_preservation:
+            loss = loss + args.prior_loss_weight * prior_loss
+        trace.step(optimizer, loss, timesteps, prediction)
+    trace.scheduler = noise_scheduler
+    return trace
+
+
 def flow_matching(transformer: Any, batches: Any, args: Any) -> Trace:
     """As train_dreambooth_sd3.py; train_dreambooth_flux.py differs in how the model is called."""
     trace = Trace()
@@ -137,19 +169,33 @@ def flow_matching(transformer: Any, batches: Any, args: Any) -> Trace:
         timesteps = noise_scheduler_copy.timesteps[indices].to(device=model_input.device)
         sigmas = get_sigmas(timesteps, n_dim=model_input.ndim)
         noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
-        model_pred = transformer(
+        prediction = transformer(
             hidden_states=noisy_model_input,
             timestep=timesteps,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled_prompt_embeds,
             return_dict=False,
         )[0]
-        if args.precondition_outputs:
-            model_pred = model_pred * (-sigmas) + noisy_model_input
+        model_pred = prediction * (-sigmas) + noisy_model_input if args.precondition_outputs else prediction
         weighting = compute_loss_weighting_for_sd3(weighting_scheme=args.weighting_scheme, sigmas=sigmas)
         target = model_input if args.precondition_outputs else noise - model_input
-        error = weighting.float() * (model_pred.float() - target.float()) ** 2
-        loss = error.reshape(bsz, -1).mean(1).mean()
-        trace.step(optimizer, loss, timesteps, model_pred)
+        if args.with_prior_preservation:
+            model_pred, model_pred_prior = torch.chunk(model_pred, 2, dim=0)
+            target, target_prior = torch.chunk(target, 2, dim=0)
+            prior_loss = torch.mean(
+                (weighting.float() * (model_pred_prior.float() - target_prior.float()) ** 2).reshape(
+                    target_prior.shape[0], -1
+                ),
+                1,
+            )
+            prior_loss = prior_loss.mean()
+        loss = torch.mean(
+            (weighting.float() * (model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1),
+            1,
+        )
+        loss = loss.mean()
+        if args.with_prior_preservation:
+            loss = loss + args.prior_loss_weight * prior_loss
+        trace.step(optimizer, loss, timesteps, prediction)
     trace.scheduler = noise_scheduler_copy
     return trace

@@ -318,8 +318,9 @@ def test_the_checker_resolves_relative_imports_of_packages() -> None:
 IMPORT_WATCHED = """
 import builtins, sys
 
-# A name set to None in sys.modules raises on import. PIL and yaml are left: diffusers itself needs them.
-for name in ("accelerate", "datasets", "matplotlib", "omegaconf", "tensorboard"):
+# A name set to None in sys.modules raises on import. PIL and yaml are left: diffusers itself needs them. Where peft is
+# installed, diffusers imports it, and it imports transformers and accelerate.
+for name in ("accelerate", "datasets", "matplotlib", "omegaconf", "peft", "tensorboard", "transformers"):
     sys.modules[name] = None
 
 plain_import = builtins.__import__

@@ -17,7 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import diffusers_loops as loops
 from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
@@ -25,9 +25,9 @@ from speed_diffusers.functional import draw, speed_tables, weights
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "other_trainers.md").read_text("utf-8")
 DIFFS = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-(PYTHON,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-LOOPS = [loops.unconditional, loops.text_to_image, loops.text_to_image, loops.flow_matching]
-UNCONDITIONAL, TEXT_TO_IMAGE, LORA, FLOW = range(4)
+LOSS_AWARE, NO_SCHEDULER = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+LOOPS = [loops.unconditional, loops.text_to_image, loops.text_to_image, loops.dreambooth, loops.flow_matching]
+UNCONDITIONAL, TEXT_TO_IMAGE, LORA, DREAMBOOTH, FLOW = range(5)
 UNIFORM = {"speed_sampling": "uniform", "speed_weighting": "none"}
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -64,28 +64,15 @@ def with_speed(script: int, **speed: Any) -> Callable[..., loops.Trace]:
     return function
 
 
-class LowRank(nn.Module):
-    """A frozen linear layer and a trained product of rank 2, as peft's LoRA has them."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.up(self.down(x))
-        return result
-
-
-def with_adapters(unet: nn.Module) -> nn.Module:
-    """Frozen but for low-rank layers on the attention projections that the LoRA script names."""
+def with_adapters(unet: Any) -> Any:
+    """Frozen but for peft's LoRA on the attention projections that the LoRA script names."""
+    peft = pytest.importorskip("peft", reason="peft, of the test extra, is not installed")
     unet.requires_grad_(False)
-    for name, layer in list(unet.named_modules()):
-        if isinstance(layer, nn.Linear) and name.endswith(("to_k", "to_q", "to_v", "to_out.0")):
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, LowRank(layer))
+    unet.add_adapter(
+        peft.LoraConfig(
+            r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]
+        )
+    )
     return unet
 
 
@@ -126,6 +113,7 @@ def arguments(tmp_path: Path) -> Callable[..., SimpleNamespace]:
         host(**(scheduler or {})).save_pretrained(tmp_path / "scheduler")
         options = {"ddpm_num_steps": 1000, "ddpm_beta_schedule": "linear", "snr_gamma": None}
         options |= {"prediction_type": "epsilon", "pretrained_model_name_or_path": str(tmp_path)}
+        options |= {"with_prior_preservation": False, "prior_loss_weight": 1.0}
         options |= {"weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
         return SimpleNamespace(**(options | {"precondition_outputs": 0} | changed))
 
@@ -148,6 +136,8 @@ VARIANTS = [
     pytest.param(TEXT_TO_IMAGE, STABLE_DIFFUSION, {"prediction_type": "v_prediction"}, id="text_to_image-v"),
     pytest.param(TEXT_TO_IMAGE, STABLE_DIFFUSION, {"snr_gamma": 5.0}, id="text_to_image-snr_gamma"),
     pytest.param(LORA, STABLE_DIFFUSION, {}, id="lora"),
+    pytest.param(DREAMBOOTH, STABLE_DIFFUSION, {}, id="dreambooth"),
+    pytest.param(DREAMBOOTH, STABLE_DIFFUSION, {"with_prior_preservation": True}, id="dreambooth-prior"),
     pytest.param(FLOW, {"shift": 3.0}, {"precondition_outputs": 1}, id="sd3"),
     pytest.param(FLOW, {"shift": 3.0, "use_dynamic_shifting": True}, {}, id="flux"),
 ]
@@ -166,7 +156,7 @@ def test_the_uniform_setting_is_the_unmodified_loop_bit_for_bit(
     initial, mine, theirs = (m.state_dict() for m in (tiny_model(script), trained_after, trained_before))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     changed = [name for name in theirs if not torch.equal(theirs[name], initial[name])]
-    assert changed and (script != LORA or all(".up." in name or ".down." in name for name in changed))
+    assert changed and (script != LORA or all(".lora_" in name for name in changed))
 
 
 @pytest.mark.parametrize("script", range(4))
@@ -227,7 +217,7 @@ def test_functional_api_agrees_with_the_scheduler(schedule: str) -> None:
 
 def test_the_loop_without_a_scheduler_is_that_of_the_scheduler() -> None:
     names: dict[str, Any] = {}
-    exec(PYTHON, names)
+    exec(NO_SCHEDULER, names)
     scheduler, clean = SpeeDDDPMScheduler(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     loss = names["training_loss"](
         lambda x, t: 0.5 * x, clean, names["alphas_cumprod"], names["tables"], torch.Generator().manual_seed(5)
@@ -281,3 +271,75 @@ def test_precondition_outputs_multiplies_the_error_by_sigma_squared(arguments: C
     exec(source.replace(loop, loop + " / sigmas**2"), names)
     preconditioned, _ = run(names["flow_matching"], FLOW, arguments(FLOW, scheduler, precondition_outputs=1), steps=1)
     assert preconditioned.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("script", [DREAMBOOTH, FLOW], ids=["dreambooth", "sd3"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_prior_preservation_weighs_each_image_by_its_own_timestep(
+    script: int, batch_size: int, arguments: Callable[..., Any]
+) -> None:
+    options = {"with_prior_preservation": True, "prior_loss_weight": 0.25}
+    args = arguments(script, {"shift": 3.0} if script == FLOW else STABLE_DIFFUSION, **options)
+    # As the scripts collate them: first the images of the instance, then as many of the class.
+    rows = 2 * batch_size
+    trace, _ = run(with_speed(script), script, args, rows, steps=1)
+    clean = batches_of(script, rows, steps=1)[0][0]
+    torch.manual_seed(2)
+    noise = torch.randn_like(clean)
+    target = noise - clean if script == FLOW else noise
+    error = (trace.predictions[0] - target).square().mean(dim=(1, 2, 3)).tolist()
+    weight = trace.scheduler.loss_weights(trace.timesteps[0]).tolist()
+    assert max(weight) - min(weight) > 0.01
+    weighted = [w * e for w, e in zip(weight, error, strict=True)]
+    instance, prior = weighted[:batch_size], weighted[batch_size:]
+    by_hand = sum(instance) / batch_size + 0.25 * sum(prior) / batch_size
+    assert trace.losses[0] == pytest.approx(by_hand, rel=1e-5)
+    # With one weight for both halves, as a script that does not chunk it would have it, the loss is another.
+    mean = sum(weight) / rows
+    assert trace.losses[0] != pytest.approx(
+        mean * (sum(error[:batch_size]) + 0.25 * sum(error[batch_size:])), rel=1e-3
+    )
+
+
+def test_the_sd3_scripts_sigma_sqrt_is_the_uniform_setting_without_preconditioning(
+    arguments: Callable[..., Any],
+) -> None:
+    scheduler = {"shift": 3.0}
+    theirs_args = arguments(FLOW, scheduler, weighting_scheme="sigma_sqrt", precondition_outputs=1)
+    theirs, _ = run(loops.flow_matching, FLOW, theirs_args)
+    ours, _ = run(with_speed(FLOW, **UNIFORM), FLOW, arguments(FLOW, scheduler, precondition_outputs=0))
+    assert all(torch.equal(a, b) for a, b in zip(theirs.timesteps, ours.timesteps, strict=True))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("sampling", ["loss_second_moment:history=2", "information_rate"])
+def test_the_loss_aware_loop_learns_and_weighs_as_the_scheduler_says(sampling: str) -> None:
+    names: dict[str, Any] = {}
+    exec(LOSS_AWARE, names)
+    options = {"num_train_timesteps": 10, "speed_sampling": sampling, "speed_weighting": "none"}
+    scheduler = names["noise_scheduler"] = SpeeDDDPMScheduler(**options)
+    assert scheduler.speed_is_loss_aware
+    torch.testing.assert_close(scheduler.speed_tables.pmf, torch.full((10,), 0.1, dtype=torch.float64))
+    torch.manual_seed(6)
+    clean = torch.zeros(64, 1, 2, 2)
+    for step in range(12):
+        # From zeros the noisy image is the noise, scaled: this model's error grows with the timestep.
+        loss = names["training_loss"](lambda x, t: t.view(-1, 1, 1, 1).float() + 0 * x, clean, step, 12)
+        assert torch.isfinite(loss)
+    after = scheduler.speed_tables.pmf
+    assert after[9] > 0.15 and after[9] > 1.5 * after[1]
+    resumed = SpeeDDDPMScheduler(**options)
+    resumed.load_speed_state_dict(scheduler.speed_state_dict())
+    assert torch.equal(resumed.speed_tables.pmf, after)
+
+
+def test_the_loss_aware_loop_gives_progress_to_settings_that_ask_for_it() -> None:
+    names: dict[str, Any] = {}
+    exec(LOSS_AWARE, names)
+    scheduler = names["noise_scheduler"] = SpeeDDDPMScheduler(speed_anneal_start=0.5)
+    with pytest.raises(ValueError, match="progress"):
+        scheduler.sample_timesteps(4)
+    for step, k in ((0, 5.0), (9, 1.0)):
+        names["training_loss"](lambda x, t: x, torch.zeros(4, 1, 2, 2), step, 9)
+        pmf = scheduler.speed_tables.pmf
+        assert (pmf[0] / pmf[-1]).item() == pytest.approx(k)
