@@ -28,7 +28,7 @@ TRAIN = [
 EVAL = ["clean-fid", "scipy"]
 # setuptools: a test builds the wheel, which it can only do with what is installed.
 TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
-# For the test of a LoRA training loop. Apart, because diffusers imports peft, and peft transformers, wherever it is there.
+# For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.
 LORA = ["peft>=0.13"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 

@@ -66,7 +66,7 @@ def with_speed(script: int, **speed: Any) -> Callable[..., loops.Trace]:
 
 def with_adapters(unet: Any) -> Any:
     """Frozen but for peft's LoRA on the attention projections that the LoRA script names."""
-    peft = pytest.importorskip("peft", reason="peft, of the test extra, is not installed")
+    peft = pytest.importorskip("peft", reason="peft, of the extra lora, is not installed")
     unet.requires_grad_(False)
     unet.add_adapter(
         peft.LoraConfig(
