@@ -51,7 +51,7 @@ def check_images(name: str, pipeline: Any) -> None:
 
 def test_all_are_described_and_fit_the_pipeline() -> None:
     assert {*TOLERANCES, *STOCHASTIC} == set(SAMPLERS)
-    for name, entry in SAMPLERS.items():
+    for entry in SAMPLERS.values():
         assert entry.summary.endswith(".") and "arXiv" in entry.reference
 
 

@@ -171,7 +171,6 @@ def test_a_callback_may_stop_and_end_the_guidance() -> None:
     assert [len(rows) for _, rows in model.seen] == [10, 10, 10], "the next call starts afresh"
 
 
-@pytest.mark.parametrize(("name", "spread"), [("ddim", 0.02), ("ddpm", 0.05)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("output_type", ["latent", "np", "pt", "pil"])
 def test_what_is_not_finite_is_an_error_of_the_model(value: float, output_type: str) -> None:
@@ -194,6 +193,7 @@ def test_an_autoencoder_that_overflows_is_named() -> None:
         draw(1, 2.0, None, 3, "pt")
 
 
+@pytest.mark.parametrize(("name", "spread"), [("ddim", 0.02), ("ddpm", 0.05)])
 def test_half_precision_is_for_the_network_alone(name: str, spread: float) -> None:
     model = transformer(GaussianDiT, out_channels=8, ripple=0.3)
     noise = noise_of(generators(5))
