@@ -66,7 +66,7 @@ def vae(tiny_vae: Path) -> AutoencoderKL:
 def pipeline_of(vae: AutoencoderKL, names: list[str] | None = NAMES, **schedule: object) -> DiTPipeline:
     model = trained_model()
     transformer = export_transformer(model.transformer.config, model.state_dict())
-    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler(**schedule).config, names)
+    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler(**schedule), names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -134,7 +134,7 @@ def test_more_than_1000_classes_leave_row_1000_free(vae: AutoencoderKL, tmp_path
 
     model = trained_model(1200)
     transformer = export_transformer(model.transformer.config, model.state_dict())
-    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler().config, names)
+    pipeline = inference_pipeline(transformer, vae, SpeeDDDPMScheduler(), names)
     save_pipeline(pipeline, tmp_path / "pipeline", {})
     loaded = DiTPipeline.from_pretrained(tmp_path / "pipeline")
     loaded.set_progress_bar_config(disable=True)
