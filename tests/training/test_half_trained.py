@@ -79,7 +79,8 @@ def test_a_half_trained_run_is_sampled_without_its_data(
     # Below the title, which names the model.
     assert np.array_equal(half[60:], whole[60:])
     evaluate.main([f"models={run}", "checkpoints=true", *SCORE, "class_labels=feline"])
-    assert [score.protocol.labels for score in (each.score for each in load_scores(run / "scores"))] == ["2 in turn"] * 2
+    labels = [record.score.protocol.labels for record in load_scores(run / "scores")]
+    assert labels == ["2 in turn", "2 in turn"]
 
 
 def test_the_newest_whole_checkpoint_is_taken_or_its_lack_is_one_line(
