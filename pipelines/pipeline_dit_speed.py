@@ -168,7 +168,8 @@ class SpeeDDiTPipeline(DiTPipeline):
                 differ for models with more than 1000 classes (`rows_of_class_ids`). None: images without a class.
             guidance_scale: Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): unconditional + scale x
                 (conditional - unconditional); at least 0. At most 1: none, at half the work.
-            generator: One for all images, or one for each: an image then depends on nothing else in its batch.
+            generator: One for all images, or one for each: an image then depends on nothing else in its batch, unless
+                the scheduler's steps take noise but no generator (DPMSolverSDE).
             num_inference_steps: Steps of the solver, from 1 to the length of the noising process.
             output_type: "pil", "np" or None (float32 (N, H, W, 3) in [0, 1]), "pt" ((N, 3, H, W) in [0, 1]) or
                 "latent" ((N, C, S, S), float32 at least, as the autoencoder's scaling factor has scaled them).
