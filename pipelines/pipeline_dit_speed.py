@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+import numbers
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,13 +18,15 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-SCHEDULERS = (
-    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"),
-    *("DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler"),
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
-    *("KDPM2AncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-)
-"""Schedulers that the pipeline samples with, and any subclass of theirs."""
+REFUSED_SCHEDULERS = {
+    "ConsistencyDecoderScheduler": "it is for the consistency decoder of an autoencoder",
+    "HeliosDMDScheduler": "it is for the pyramids of a video model",
+    "HeliosScheduler": "it is for the pyramids of a video model",
+    "PiflowScheduler": "its model predicts a whole policy, not a mean",
+    "SCMScheduler": "it is for distilled models whose time is an angle",
+    "UnCLIPScheduler": "its step must be told the next timestep, or takes it to be the one below",
+}
+"""Schedulers that the pipeline does not sample with and cannot tell so by looking at them, with the reason."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -34,19 +38,30 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | Pipeli
 class SpeeDDiTPipeline(DiTPipeline):
     """`DiTPipeline` for any class count, any fitting scheduler, a learned variance, and guidance where it is wanted.
 
-    The stock call gives the stock pipeline's images. New are the keywords of `__call__`; besides, ancestral solvers
-    take their noise from `generator`, and solvers in sigmas (Euler, Heun, LMS) begin with noise of the right size.
+    The stock call gives the stock pipeline's images, bit for bit, with every scheduler that draws no noise in its
+    steps and begins with noise of unit variance (DDIM, DPM-Solver, UniPC, DEIS, PNDM). It differs on purpose where
+    the stock pipeline
+
+    - takes a step's noise from torch's global generator, whatever `generator` is (DDPM, SASolver, LCM, TCD, ancestral
+      solvers): here it comes from `generator`. Without one, images without guidance are the stock ones; guided ones
+      are not, because the stock pipeline draws noise for the unconditional half of the batch too and throws it away.
+    - begins with noise of unit variance, and steps from the network's scaled input in place of the sample, although
+      the solver works in sigmas (Euler, Heun, LMS, KDPM2, EDM): here the noise is multiplied by the scheduler's
+      `init_noise_sigma`, and the sample is the sample.
 
     Args:
         transformer: Its `out_channels` are its `in_channels`, or twice as many for a learned variance.
         vae: Turns latents into images.
-        scheduler: One of `SCHEDULERS`.
-        id2label: Rows of the label table to names; unlike the stock pipeline's they survive saving.
+        scheduler: Any of diffusers' for images, flow matching's too; a call refuses others in one line that says why.
+        id2label: Rows of the label table to names; unlike the stock pipeline's they survive saving, and no name is
+            lost that another class has too.
         null_class_id: Row of the label table that means "no class". None: row 1000, as the stock pipeline has it, if
             there is one, and else the last row, which is where diffusers' DiT drops labels to.
     """
 
     _callback_tensor_inputs = ["latents"]
+    _guidance_scale = 4.0
+    _interrupt = False
 
     def __init__(
         self,
@@ -74,21 +89,58 @@ class SpeeDDiTPipeline(DiTPipeline):
         chosen = self.config.get("null_class_id")
         return min(1000, int(self.transformer.config.num_embeds_ada_norm)) if chosen is None else int(chosen)
 
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress, or of the last one."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether that guides at all; `guidance_interval` may still leave steps out."""
+        return self._guidance_scale > 1
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to skip all further steps, by setting `_interrupt`."""
+        return self._interrupt
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Rows of the label table to whole names, as they were given; empty if the model names no classes."""
+        return {int(row): name for row, name in (self.config.get("id2label") or {}).items()}
+
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Rows of the label table by names: a class's whole name, or one of several that commas separate.
+        """Rows of the label table by names, as `find_rows` reads them; rows themselves are left as they are.
 
         Raises:
-            ValueError: A name that no class has; the message gives the nearest one.
+            ValueError: A name that no class has, with the nearest one, or that several have, with their rows.
         """
-        whole = {name.strip(): int(row) for row, name in (self.config.get("id2label") or {}).items()}
-        known = {**self.labels, **whole}
-        names = [label] if isinstance(label, str) else list(label)
-        for name in names:
-            if name not in known:
-                nearest = get_close_matches(str(name), known, n=1)
-                hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Allowed: {', '.join([*known][:20])}."
-                raise ValueError(f"Unknown class label '{name}'. {hint if known else 'The model names no classes.'}")
-        return [known[name] for name in names]
+        names, found = self.class_names, list[int]()
+        for wanted in label if isinstance(label, list | tuple) else [label]:
+            rows = [int(wanted)] if _is_integer(wanted, 0, math.inf) else find_rows(str(wanted), names)
+            if not rows:
+                parts = [part.strip() for name in names.values() for part in (name, *name.split(","))]
+                nearest = get_close_matches(str(wanted), parts, n=1)
+                hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Allowed: {', '.join([*names.values()][:20])}."
+                raise ValueError(f"Unknown class label '{wanted}'. {hint if names else 'The model names no classes.'}")
+            if len(rows) > 1:
+                raise ValueError(ambiguous_name(str(wanted), rows, names))
+            found += rows
+        return found
+
+    def rows_of_class_ids(self, class_ids: int | Sequence[int]) -> list[int]:
+        """Rows of the label table by class ids 0 to C-1, as data sets count them.
+
+        A class id is its row, except that ids from the null row up move by one: with more than 1000 classes, class
+        1099 is row 1100.
+
+        Raises:
+            ValueError: No such class.
+        """
+        ids, last = _flat(class_ids), int(self.transformer.config.num_embeds_ada_norm) - 1
+        for number in ids:
+            _check("class_ids", number, _is_integer(number, 0, last), f"class ids, 0 to {last}")
+        return [int(number) + (number >= self.null_class_id) for number in ids]
 
     @torch.no_grad()
     def __call__(
@@ -103,7 +155,7 @@ class SpeeDDiTPipeline(DiTPipeline):
         num_images: int | None = None,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -111,48 +163,55 @@ class SpeeDDiTPipeline(DiTPipeline):
         """Generates images, one per label.
 
         Args:
-            class_labels: Rows of the label table or names of classes: one for all images, a list, or a tensor (N,).
-                None: images without a class.
+            class_labels: Rows of the label table or names of classes: one for all images, a list (of lists of one,
+                too), or a tensor (N,) or (N, 1). Numbers are rows, as in the stock pipeline, not class ids; the two
+                differ for models with more than 1000 classes (`rows_of_class_ids`). None: images without a class.
             guidance_scale: Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): unconditional + scale x
-                (conditional - unconditional). At most 1: none, at half the work.
-            generator: One for all images, or one for each: an image then depends on nothing else in its batch.
+                (conditional - unconditional); at least 0. At most 1: none, at half the work.
+            generator: One for all images, or one for each: an image then depends on nothing else in its batch, unless
+                the scheduler's steps take noise but no generator (DPMSolverSDE).
             num_inference_steps: Steps of the solver, from 1 to the length of the noising process.
-            output_type: "pil", "np" (float32 (N, H, W, 3) in [0, 1]), "pt" ((N, 3, H, W) in [0, 1]) or "latent"
-                ((N, C, S, S), float32 at least, as the autoencoder's scaling factor has scaled them).
+            output_type: "pil", "np" or None (float32 (N, H, W, 3) in [0, 1]), "pt" ((N, 3, H, W) in [0, 1]) or
+                "latent" ((N, C, S, S), float32 at least, as the autoencoder's scaling factor has scaled them).
             return_dict: False: a tuple with the images.
             num_images: Images of one label or none; None: as many as generators or latents are given, or 1.
             guidance_channels: Latent channels that are guided, from the first; None: all. DiT guided 3 of 4. The
                 others, like the variance, are those of the conditional pass.
             guidance_interval: Where to guide, both ends included, in shares t / num_train_timesteps of the noising
                 process: 0 is clean, 1 is pure noise (Kynkäänniemi et al., arXiv 2404.07724).
-            eta: Share of DDPM's noise in DDIM's steps (arXiv 2010.02502, eq. 16), in [0, 1]; DDIM only.
-            latents: Noise of unit variance to begin with, (N, C, S, S), instead of noise from `generator`.
+            eta: Share of DDPM's noise in DDIM's steps (arXiv 2010.02502, eq. 16), or of fresh noise in TCD's, in
+                [0, 1]; for schedulers that have it. None: the scheduler's own, 0 for DDIM.
+            latents: Noise of unit variance to begin with, floating-point (N, C, S, S), instead of noise from
+                `generator`.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; "latents" in what it
                 returns replace the latents. It may set `_guidance_scale`, or `_interrupt` to skip all further steps.
             callback_on_step_end_tensor_inputs: Tensors that it is given; "latents" is all there is.
 
         Raises:
-            ValueError: Anything wrong with the input, before any work.
+            ValueError: Anything wrong with the input, before any work, or with what the callback returns.
+            FloatingPointError: The model, or the autoencoder, made NaN or infinite values.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(output_type, generator, latents, callback_on_step_end, callback_on_step_end_tensor_inputs)
         rows = self._label_rows(class_labels, num_images, generator, latents)
-        self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
+        interval = self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
         self._check_scheduler(num_inference_steps, eta)
         shape = self.transformer.config
         size = (len(rows), shape.in_channels, shape.sample_size, shape.sample_size)
-        self.check_inputs(size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        self._check_noise(size, generator, latents)
+        scheduler = self._working_scheduler(int(num_inference_steps), interval)
         self._guidance_scale, self._interrupt = float(guidance_scale), False
-        scheduler = self._working_scheduler(num_inference_steps)
         accepted = inspect.signature(scheduler.step).parameters
-        options = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+        options: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
+        options |= {} if eta is None else {"eta": float(eta)}
         if latents is None:
             latents = randn_tensor(size, generator, self._execution_device, self.transformer.dtype)
         # Solvers add small differences to large numbers: half precision is for the network alone.
         latents = latents.to(self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32))
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         labels = torch.tensor(rows, device=latents.device)
-        channels = (guidance_channels or size[1]) if any(row != self.null_class_id for row in rows) else 0
+        channels = int(guidance_channels or size[1]) if any(row != self.null_class_id for row in rows) else 0
         # The solver's timesteps stay on the host, so that it never waits for the device.
         steps = scheduler.timesteps
         device_steps = steps.to(latents.device, torch.float32 if steps.is_floating_point() else torch.int64)
@@ -161,7 +220,7 @@ class SpeeDDiTPipeline(DiTPipeline):
             if self._interrupt:
                 continue
             share = float(step) / scheduler.config.num_train_timesteps
-            guided = self._guidance_scale > 1 and guidance_interval[0] <= share <= guidance_interval[1]
+            guided = self._guidance_scale > 1 and (interval is None or interval[0] <= share <= interval[1])
             # Flow matching knows no scaling.
             inputs = scheduler.scale_model_input(latents, step) if hasattr(scheduler, "scale_model_input") else latents
             output = self._predict(inputs, device_steps[index], labels, channels if guided else 0)
@@ -173,19 +232,44 @@ class SpeeDDiTPipeline(DiTPipeline):
             latents = scheduler.step(output, step, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, index, step, tensors).pop("latents", latents)
+                answer = callback_on_step_end(self, index, step, tensors)
+                _check("what callback_on_step_end returns", answer, isinstance(answer, dict), "a dict of tensors")
+                latents = answer.pop("latents", latents)
+        _check_finite(latents, "The model generated NaN or infinite values")
         images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _working_scheduler(self, num_inference_steps: int) -> Any:
-        """The scheduler, set to its steps; a copy where it would take the learned variance for something else."""
+    def _working_scheduler(self, num_inference_steps: int, interval: tuple[float, float] | None) -> Any:
+        """The scheduler, set to its steps; a copy where it would take the learned variance for something else.
+
+        Raises:
+            ValueError: It cannot be set so, or its steps lie outside the noising process.
+        """
         scheduler: Any = self.scheduler
         if not _takes_variance(scheduler) and scheduler.config.get("variance_type") in ("learned", "learned_range"):
             # From the config of a DDPM scheduler; DPM solvers would cut the latents down to three channels.
             scheduler = copy.copy(scheduler)
             scheduler.register_to_config(variance_type=None)
-        scheduler.set_timesteps(num_inference_steps)
+        kind, longest = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except Exception as error:
+            reason = _one_line(error) or type(error).__name__
+            raise ValueError(f"num_inference_steps={num_inference_steps}: {kind} refuses it: {reason}") from error
+        first, last = float(scheduler.timesteps.max()), float(scheduler.timesteps.min())
+        if first >= longest and hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+            # Solvers in sigmas interpolate between timesteps, these look them up.
+            offset = scheduler.config.get("steps_offset", 0)
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}: with steps_offset={offset} {kind} begins at timestep "
+                f"{first:g}, but the last one is {longest - 1}; take fewer steps or steps_offset=0."
+            )
+        if interval is not None and not 0 <= last <= first <= longest:
+            raise ValueError(
+                f"guidance_interval={interval}: {kind} has timesteps from {first:g} to {last:g}, which are no shares "
+                f"of a noising process; allowed is (0, 1)."
+            )
         return scheduler
 
     def _predict(self, inputs: Tensor, step: Tensor, labels: Tensor, guided: int) -> Tensor:
@@ -207,6 +291,7 @@ class SpeeDDiTPipeline(DiTPipeline):
         """Images of the type asked for, from clean latents (N, C, S, S)."""
         latents = 1 / self.vae.config.scaling_factor * latents
         images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        _check_finite(images, f"The autoencoder, in {self.vae.dtype}, made NaN or infinite values of finite latents")
         images = (images / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -217,37 +302,49 @@ class SpeeDDiTPipeline(DiTPipeline):
         """Row of the label table of each image."""
         _check("num_images", num_images, num_images is None or _is_integer(num_images, 1, math.inf), "1 or more")
         given = generator if isinstance(generator, list) else latents
-        count = num_images or (len(given) if isinstance(given, list | Tensor) else 1)
-        # Arrays of other libraries have it as tensors do; the stock pipeline takes a column of labels too.
-        labels = labels.reshape(-1).tolist() if getattr(labels, "ndim", 0) else labels
-        labels = self.null_class_id if labels is None else labels
-        labels = list(labels) if isinstance(labels, list | tuple | range) else [labels] * count
-        labels = [label.item() if hasattr(label, "item") else label for label in labels]
-        _check("class_labels", labels, bool(labels), "one or more, or None")
-        _check("num_images", num_images, num_images in (None, len(labels)), f"{len(labels)}, one for each label")
-        rows = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        flat = _flat(self.null_class_id if labels is None else labels)
+        _check("class_labels", labels, bool(flat), "one or more, or None")
+        if not _is_many(labels):
+            flat *= int(num_images or (len(given) if given is not None else 1))
+        _check("num_images", num_images, num_images in (None, len(flat)), f"{len(flat)}, one for each label")
+        rows = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in flat]
         self._check_rows("class_labels", rows)
-        return rows
+        return [int(row) for row in rows]
 
     def _check_rows(self, name: str, rows: list[Any]) -> None:
-        last = self.transformer.config.num_embeds_ada_norm
+        last = int(self.transformer.config.num_embeds_ada_norm)
         for row in rows:
             _check(name, row, _is_integer(row, 0, last), f"rows of the label table, 0 to {last}")
 
-    def check_inputs(self, size: Any, generator: Any, latents: Any, output_type: Any, tensors: Any) -> None:
-        """Raises a ValueError of one line, with name, value and what is allowed, for wrong noise and outputs."""
-        generators = generator if isinstance(generator, list) else [generator]
-        fits = generator is None or all(isinstance(one, torch.Generator) for one in generators)
-        _check("generator", generator, fits, "a torch.Generator or a list of them")
-        fits = not isinstance(generator, list) or len(generator) == size[0]
-        _check("number of generators", len(generators), fits, f"{size[0]}, one per image, or one that is in no list")
-        fits = latents is None or (isinstance(latents, Tensor) and latents.shape == size)
-        _check("latents", getattr(latents, "shape", latents), fits, f"a tensor of shape {size}")
-        _check("output_type", output_type, output_type in OUTPUT_TYPES, ", ".join(OUTPUT_TYPES))
-        known = self._callback_tensor_inputs
-        _check("callback_on_step_end_tensor_inputs", tensors, set(tensors) <= set(known), ", ".join(known))
+    def check_inputs(self, output_type: Any, generator: Any, latents: Any, callback: Any, tensors: Any) -> None:
+        """Checks the kinds of a call's noise and outputs.
 
-    def _check_guidance(self, scale: Any, guided: Any, interval: Any) -> None:
+        Raises:
+            ValueError: One is of no kind that is allowed; one line with its name, value and what is allowed.
+        """
+        _check("output_type", output_type, output_type in (*OUTPUT_TYPES, None), f"{', '.join(OUTPUT_TYPES)}, or None")
+        generators = generator if isinstance(generator, list) else [generator]
+        fits = generator is None or (generators and all(isinstance(one, torch.Generator) for one in generators))
+        _check("generator", generator, fits, "a torch.Generator or a list of them, one per image")
+        fits = latents is None or (isinstance(latents, Tensor) and latents.is_floating_point() and not latents.is_meta)
+        fits = fits and (latents is None or (latents.ndim == 4 and len(latents) > 0))
+        _check("latents", _kind(latents), fits, "a float tensor of shape (N, C, S, S)")
+        fits = callback is None or callable(callback)
+        _check("callback_on_step_end", callback, fits, "a function (pipeline, step, timestep, tensors) -> dict")
+        known, many = self._callback_tensor_inputs, isinstance(tensors, list | tuple | set)
+        fits = many and all(name in known for name in tensors)
+        _check("callback_on_step_end_tensor_inputs", tensors, fits, f"a list out of: {', '.join(known)}")
+
+    def _check_noise(self, size: tuple[int, ...], generator: Any, latents: Any) -> None:
+        fits = not isinstance(generator, list) or len(generator) == size[0]
+        many = len(generator) if isinstance(generator, list) else 1
+        _check("number of generators", many, fits, f"{size[0]}, one per image, or one that is in no list")
+        if latents is not None:
+            _check("latents", _kind(latents), latents.shape == size, f"a float tensor of shape {size}")
+            _check("latents", "NaN or infinite values", bool(torch.isfinite(latents).all()), "finite noise")
+
+    def _check_guidance(self, scale: Any, guided: Any, interval: Any) -> tuple[float, float] | None:
+        """The interval to guide in; None for everywhere."""
         _check("guidance_scale", scale, _is_number(scale, math.inf), "a number of at least 0")
         channels = self.transformer.config.in_channels
         fits = guided is None or _is_integer(guided, 1, channels)
@@ -255,20 +352,22 @@ class SpeeDDiTPipeline(DiTPipeline):
         ends = list(interval) if isinstance(interval, Sequence) else []
         fits = len(ends) == 2 and all(_is_number(end, 1) for end in ends) and ends[0] <= ends[1]
         _check("guidance_interval", interval, fits, "two numbers from 0 to 1, the lower one first")
+        return None if ends == [0, 1] else (float(ends[0]), float(ends[1]))
 
     def _check_scheduler(self, steps: Any, eta: Any) -> None:
         scheduler: Any = self.scheduler
         kind, num_in = type(scheduler).__name__, self.transformer.config.in_channels
         num_out = self.transformer.config.out_channels or num_in
-        if not isinstance(scheduler, tuple(getattr(diffusers, name) for name in SCHEDULERS)):
-            raise ValueError(f"The pipeline does not sample with {kind}; it does with {', '.join(SCHEDULERS)}.")
+        if reason := _why_refused(scheduler):
+            raise ValueError(f"The pipeline does not sample with {kind}: {reason}.")
         _check("the transformer's out_channels", num_out, num_out in (num_in, 2 * num_in), f"{num_in} or {2 * num_in}")
-        if isinstance(scheduler, DDPMScheduler) and scheduler.variance_type.startswith("learned"):
+        variance = scheduler.config.get("variance_type")
+        if _is_ancestral(scheduler) and str(variance).startswith("learned"):
             allowed = "learned_range" if num_out > num_in else "fixed_small, as the transformer predicts no variance"
-            _check("variance_type", scheduler.variance_type, scheduler.variance_type == allowed, allowed)
+            _check("variance_type", variance, variance == allowed, allowed)
         longest = scheduler.config.num_train_timesteps
         _check("num_inference_steps", steps, _is_integer(steps, 1, longest), f"1 to {longest}")
-        _check("eta", eta, _is_number(eta, 1), "a number from 0 to 1")
+        _check("eta", eta, eta is None or _is_number(eta, 1), "a number from 0 to 1, or None")
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta}: {kind} has no eta; DDIMScheduler does.")
         if scheduler.config.get("use_dynamic_shifting"):
@@ -277,19 +376,109 @@ class SpeeDDiTPipeline(DiTPipeline):
             _check("num_inference_steps", steps, steps >= 4, "4 or more without skip_prk_steps")
 
 
+def find_rows(wanted: str, names: Mapping[int, str]) -> list[int]:
+    """Rows of the classes that a name can mean; more than one where it is ambiguous.
+
+    The first of these that any class fits decides: the very same name; the same but for spaces around it and its
+    commas, and for how Unicode composes its letters; one of the names that commas separate in a class's name.
+
+    Args:
+        wanted: A name as a person gives it.
+        names: Rows of the label table to whole names.
+    """
+    if exact := [row for row, name in names.items() if name == wanted]:
+        return exact
+    parts = {row: _name_parts(name) for row, name in names.items()}
+    sought = _name_parts(wanted)
+    if whole := [row for row, own in parts.items() if own == sought]:
+        return whole
+    return [row for row, own in parts.items() if sought != [""] and len(sought) == 1 and sought[0] in own]
+
+
+def ambiguous_name(wanted: str, rows: Sequence[int], names: Mapping[int, str]) -> str:
+    """The message for a name that several classes have, with their rows."""
+    listed = ", ".join(f"{row} ('{names[row]}')" for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
+    return f"Class label '{wanted}' is ambiguous: rows {listed} have that name. Give a whole name or a row."
+
+
+def _name_parts(name: str) -> list[str]:
+    return [part.strip() for part in unicodedata.normalize("NFC", name).split(",")]
+
+
+def _is_many(labels: Any) -> bool:
+    """Whether labels are several, even if there is but one in them."""
+    return bool(getattr(labels, "ndim", isinstance(labels, list | tuple | range)))
+
+
+def _flat(labels: Any) -> list[Any]:
+    """Labels one by one, out of sequences, tensors and arrays of any depth."""
+    if hasattr(labels, "tolist"):  # of tensors, of arrays and of their numbers
+        labels = labels.tolist()
+    if isinstance(labels, list | tuple | range):
+        return [one for label in labels for one in _flat(label)]
+    return [labels]
+
+
+def _why_refused(scheduler: Any) -> str | None:
+    """Why the pipeline cannot sample with a scheduler, or None if it can."""
+    for kind in type(scheduler).__mro__:
+        if kind.__name__ in REFUSED_SCHEDULERS:
+            return REFUSED_SCHEDULERS[kind.__name__]
+    if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
+        return "it has no step or no set_timesteps"
+    given = ("model_output", "timestep", "sample", "generator", "eta", "return_dict")
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    more = [name for name in needed if name not in given]
+    if more:
+        return f"its step also needs {' and '.join(more)}"
+    if "num_train_timesteps" not in scheduler.config:
+        return "it has no num_train_timesteps, so it is for no noising process that a DiT is trained on"
+    return None
+
+
+def _is_ancestral(scheduler: Any) -> bool:
+    """Whether a scheduler's step knows learned variances as DDPM's does."""
+    return isinstance(scheduler, DDPMScheduler | diffusers.DDPMParallelScheduler)
+
+
 def _takes_variance(scheduler: Any) -> bool:
     """Whether the scheduler's step wants mean and variance; all others want the mean alone."""
-    return isinstance(scheduler, DDPMScheduler) and scheduler.variance_type == "learned_range"
+    return _is_ancestral(scheduler) and scheduler.config.variance_type == "learned_range"
 
 
-def _check(name: str, value: object, fits: bool, allowed: str) -> None:
+def _check(name: str, value: object, fits: object, allowed: str) -> None:
     if not fits:
-        raise ValueError(f"{name}={value}: allowed is {allowed}.")
+        raise ValueError(f"{name}={_one_line(value)}: allowed is {allowed}.")
 
 
-def _is_integer(value: object, lowest: float, highest: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+def _one_line(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _is_number(value: object, highest: float) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= highest and value < math.inf
+def _kind(value: Any) -> object:
+    """A tensor in words, anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return f"{list(value.shape)} of {value.dtype} on {value.device.type}"
+
+
+def _check_finite(tensors: Tensor, what: str) -> None:
+    """Raises a FloatingPointError if any of several images (N, ...) is not finite."""
+    bad = int((~torch.isfinite(tensors).flatten(1).all(1)).sum())
+    if bad:
+        raise FloatingPointError(f"{what} in {bad} of {len(tensors)} images.")
+
+
+def _is_integer(value: Any, lowest: float, highest: float) -> bool:
+    return _is_kind(value, numbers.Integral) and bool(lowest <= value <= highest)
+
+
+def _is_number(value: Any, highest: float) -> bool:
+    return _is_kind(value, numbers.Real) and bool(0 <= value <= highest and value < math.inf)
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    """Whether a value is a number of a kind, numpy's too; bools are none."""
+    return isinstance(value, kind) and type(value) is not bool

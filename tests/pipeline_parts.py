@@ -83,7 +83,8 @@ def autoencoder() -> AutoencoderKL:
 
 def pipeline_of(model: Any, scheduler: Any = None, **options: Any) -> SpeeDDiTPipeline:
     """A pipeline without a progress bar; its scheduler is DDPM with DiT's schedule unless given."""
-    scheduler = scheduler or DDPMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="linspace")
+    if scheduler is None:
+        scheduler = DDPMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="linspace")
     pipeline = SpeeDDiTPipeline(transformer=model, vae=autoencoder(), scheduler=scheduler, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -35,7 +35,14 @@ from speed_diffusers.metrics.protocol import Protocol, require_equal_protocols
 from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pipeline
 from speed_diffusers.metrics.score_record import ScoreRecord, load_score, load_scores, save_score, score_path
 from speed_diffusers.training.run_folder import SCORES_FOLDER
-from speed_diffusers.training.snapshots import WEIGHTS, ModelToScore, Place, find_models, put_weights
+from speed_diffusers.training.snapshots import (
+    WEIGHTS,
+    ModelToScore,
+    Place,
+    find_models,
+    put_weights,
+    warn_of_untrained_guidance,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +63,7 @@ class EvaluateConfig(GenerationSettings):
     )
     metrics: list[str] = option(list(METRICS), "What to measure.", choices=METRICS)
     num_images: int = option(2000, "Generated images per score.", interval="[2, inf)")
-    class_labels: list[str] = option([], "Classes, names or ids; empty: all of them in turn.")
+    class_labels: list[str] = option([], "Classes, names or rows of the label table; empty: all in turn.")
     output_dir: str | None = option(
         None, "Folder for all scores; None: scores/ of each run, and ./scores for what is no run."
     )
@@ -120,6 +127,7 @@ def open_subject(model: ModelToScore, settings: ScoreSettings, class_labels: lis
     """
     check_writable("output_dir", model.scores_dir)
     pipeline = model.base()
+    warn_of_untrained_guidance(model.name, settings.guidance_scale)
     settings = with_classes(settings, class_labels, pipeline)
     return Subject(model, pipeline, settings, make_protocol(pipeline, settings))
 
@@ -128,7 +136,8 @@ def with_classes(settings: ScoreSettings, class_labels: list[str], pipeline: DiT
     """The settings with the rows of the classes that were asked for; empty: all."""
     if not class_labels:
         return settings
-    return replace(settings, class_rows=tuple(choose_classes(class_labels, row_names_of(pipeline))))
+    last_row = pipeline.transformer.config.num_embeds_ada_norm
+    return replace(settings, class_rows=tuple(choose_classes(class_labels, row_names_of(pipeline), last_row=last_row)))
 
 
 def score_place(subject: Subject, place: Place) -> ScoreRecord:

@@ -4,7 +4,7 @@ From the small embedded checkpoint:
 
     python train_scripts/sample.py class_labels=Sneaker,Dress guidance_scale=1.5
 
-From a run of one's own, a pipeline folder or the Hub:
+From a run of one's own, finished or not, a pipeline folder or the Hub:
 
     python train_scripts/sample.py model=runs/quickstart num_images_per_class=16 output=runs/quickstart/more.png
 """
@@ -18,7 +18,6 @@ from speed_diffusers.assets import EMBEDDED
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import option
-from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_output_file
 from speed_diffusers.generation.generate import (
     GenerationSettings,
@@ -27,8 +26,8 @@ from speed_diffusers.generation.generate import (
     row_names_of,
     speed_pipeline,
 )
-from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.reports.plots import save_class_grid
+from speed_diffusers.training.snapshots import load_latest, warn_of_untrained_guidance
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class SampleConfig(GenerationSettings):
 
     model: str = option(EMBEDDED, "Run, pipeline folder, Hub id, or 'embedded' for the embedded checkpoint.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
-    class_labels: list[str] = option([], "Classes, names or ids; empty: the first 10.")
+    class_labels: list[str] = option([], "Classes, names or rows of the label table; empty: the first 10.")
     num_images_per_class: int = option(8, "Images per class.", interval="[1, inf)")
     guidance_scale: float = option(1.5, "Classifier-free guidance; 1: none.", interval="[1, inf)")
     batch_size: int = option(32, "Images generated at once.", interval="[1, inf)")
@@ -49,17 +48,17 @@ def main(argv: list[str]) -> None:
 
     Raises:
         InputError: Wrong options; nothing has been written.
+        FloatingPointError: The model generated what is not finite.
     """
     config = load_config(SampleConfig, argv, Path(__file__).resolve().parent)
     output = check_output_file("output", config.output, ".png")
-    pipeline = speed_pipeline(load_pipeline(config.model, revision=config.revision), config.sampler)
+    pipeline = speed_pipeline(load_latest(config.model, revision=config.revision), config.sampler)
     config.check_fits(pipeline)
     classes = {pipeline.null_class_id: "no class"}
-    if config.class_labels or pipeline.labels:
-        classes = choose_classes(config.class_labels, row_names_of(pipeline))
-    rows = pipeline.transformer.config.num_embeds_ada_norm
-    if max(classes) > rows:
-        raise InputError(f"class_labels={max(classes)}: the model has rows 0 to {rows}.")
+    names, last_row = row_names_of(pipeline), pipeline.transformer.config.num_embeds_ada_norm
+    if config.class_labels or names:
+        classes = choose_classes(config.class_labels, names, last_row=last_row)
+    warn_of_untrained_guidance(config.model, config.guidance_scale)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     images = class_samples(pipeline.to(device), list(classes), config.num_images_per_class, config)
     output.parent.mkdir(parents=True, exist_ok=True)

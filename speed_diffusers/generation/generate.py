@@ -1,7 +1,10 @@
-"""Images from a pipeline: one seed per image, in lazy batches."""
+"""Images from a pipeline: one seed per image, in lazy batches; and classes as people name them."""
 
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,8 +15,11 @@ from ..config.schema import Options, option
 from ..errors import InputError, unknown_name
 from ..models import NULL_CLASS
 from ..pipelines import SpeeDDiTPipeline
+from ..pipelines.pipeline_dit_speed import ambiguous_name, find_rows
 from ..randomness import keyed_generator
 from .samplers import SAMPLERS, make_sampler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def generate(
 
     Raises:
         InputError: Unknown sampler, or one that cannot follow the model's schedule.
+        FloatingPointError: The model, or the autoencoder, made NaN or infinite values.
 
     Yields:
         float32 (b, H, W, 3) in [0, 1].
@@ -111,8 +118,7 @@ def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDi
         parts["scheduler"] = make_sampler(sampler, pipeline)
     elif isinstance(pipeline, SpeeDDiTPipeline):
         return pipeline
-    # What a stock pipeline was given as id2label it has kept with every name on its own.
-    names = pipeline.config.get("id2label") or row_names_of(pipeline) or None
+    names = row_names_of(pipeline) or None
     null = pipeline.config.get("null_class_id")
     wrapped = SpeeDDiTPipeline(**parts, id2label=names, null_class_id=null)
     wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
@@ -138,40 +144,88 @@ def class_samples(
 
 
 def row_names_of(pipeline: DiTPipeline) -> dict[int, str]:
-    """Rows of a pipeline's label table with their names; empty if it names none."""
+    """Rows of a pipeline's label table with their whole names, in the order of the rows; empty if it names none.
+
+    A stock pipeline keeps the parts of the names, by name, and so loses a class whose name another one has too. What
+    it was loaded from tells; where that is no folder here, a warning says that rows are missing.
+    """
+    if kept := _kept_names(pipeline):
+        return kept
+    if lost := lost_rows(pipeline):
+        logger.warning(
+            "The pipeline names classes, but not rows %s of its label table: diffusers has forgotten classes whose "
+            "name another one has too. load_pipeline keeps all names.",
+            ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else ""),
+        )
+    return _rejoined_names(pipeline)
+
+
+def lost_rows(pipeline: DiTPipeline) -> list[int]:
+    """Rows that a stock pipeline has lost the names of: those without one below the last that has one."""
+    if _kept_names(pipeline):
+        return []
+    names = _rejoined_names(pipeline)
+    return [row for row in range(max(names, default=0)) if row not in names and row != NULL_CLASS]
+
+
+def _rejoined_names(pipeline: DiTPipeline) -> dict[int, str]:
+    """What a stock pipeline has left of its classes' names."""
     names: dict[int, str] = {}
     for name, row in sorted(pipeline.labels.items(), key=lambda item: item[1]):
-        # One class may have several names, which diffusers has taken apart at their commas.
         names[row] = f"{names[row]}, {name}" if row in names else name
     return names
 
 
-def choose_classes(wanted: Sequence[str], row_names: Mapping[int, str]) -> dict[int, str]:
+def _kept_names(pipeline: DiTPipeline) -> dict[int, str]:
+    """Whole names by row, of the pipeline's config or of the folder that a stock pipeline was loaded from."""
+    kept = pipeline.config.get("id2label") or _id2label_of_folder(pipeline) or {}
+    return dict(sorted((int(row), name) for row, name in kept.items()))
+
+
+def _id2label_of_folder(pipeline: DiTPipeline) -> dict[str, str] | None:
+    """The names in the folder that a stock pipeline was loaded from, if they are the ones that it took apart."""
+    index = Path(str(pipeline.config.get("_name_or_path") or "")) / "model_index.json"
+    if not pipeline.labels or not index.is_file():
+        return None
+    names: dict[str, str] = json.loads(index.read_text(encoding="utf-8")).get("id2label") or {}
+    parts = {part.strip() for name in names.values() for part in name.split(",")}
+    return names if parts == set(pipeline.labels) else None
+
+
+def choose_classes(
+    wanted: Sequence[str], row_names: Mapping[int, str], *, last_row: int | None = None
+) -> dict[int, str]:
     """Rows of the label table, with names, for classes given by a person.
 
     Args:
-        wanted: Names (whole, or one of several that commas separate) or rows; empty: the first ten classes, or "no
-            class" where there are none.
-        row_names: Name of each row; empty where the model names no classes: rows are taken as they are then.
+        wanted: Whole names, one of several names that commas separate, or rows, in this order: folders may be called
+            "0", "1", "10", "2". Empty: the first ten classes, or "no class" where there are none.
+        row_names: Name of each row; empty where the model names no classes.
+        last_row: Last row of the label table; rows up to it are taken whether they have a name or not. None: rows
+            that have a name, or any where none has.
 
     Raises:
-        InputError: A name or row that is not among the classes.
+        InputError: A name or row that is not among the classes, or a name that several of them have.
     """
     if not wanted:
         return dict(list(row_names.items())[:10]) or {NULL_CLASS: "no class"}
-    if not row_names and all(label.isdecimal() for label in wanted):
-        return {int(label): label for label in wanted}
-    # Whole names first, rows last: folders may be called "0", "1", "10", "2".
-    rows: dict[str, int] = {}
-    for row, name in row_names.items():
-        rows.setdefault(name, row)
-    for row, name in row_names.items():
-        for part in name.split(","):
-            rows.setdefault(part.strip(), row)
-    names = list(rows)
-    for row in row_names:
-        rows.setdefault(str(row), row)
-    for label in wanted:
-        if label not in rows:
-            raise unknown_name("class label", label, names)
-    return {rows[label]: row_names[rows[label]] for label in wanted}
+    rows = [_choose_row(label, row_names, last_row) for label in wanted]
+    return {row: row_names.get(row, str(row)) for row in rows}
+
+
+def _choose_row(label: str, row_names: Mapping[int, str], last_row: int | None) -> int:
+    found = find_rows(label, row_names)
+    row = int(label) if label.isascii() and label.isdecimal() else None
+    if row is not None and not any(row_names[each].strip() == label for each in found):
+        # No class is called so; that a number is a part of some name means nothing beside the row.
+        if row in row_names or (last_row is None and not row_names) or (last_row is not None and row <= last_row):
+            return row
+        if last_row is not None:
+            raise InputError(f"class_labels={label}: the model has rows 0 to {last_row}.")
+    if not found:
+        # A part of a name is as good to be told as the whole.
+        parts = {part.strip() for name in row_names.values() for part in (name, *name.split(","))} - {""}
+        raise unknown_name("class label", label, parts)
+    if len(found) > 1:
+        raise InputError(ambiguous_name(label, found, row_names))
+    return int(found[0])

@@ -1,5 +1,6 @@
 """Pretrained parts by name: embedded, in a folder (of a run, a pipeline or one model), or on the Hub."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -10,6 +11,13 @@ from ..assets import EMBEDDED, EMBEDDED_PIPELINE
 from ..errors import InputError
 from ..pipelines import SpeeDDiTPipeline
 from ..predictions import FLOW_PREDICTION
+from .export import SIDECAR
+
+GUIDANCE_UNTRAINED = (
+    "%s: with class_dropout_prob=0 the model is never trained without its classes, so guidance_scale=%g takes what it "
+    "predicts without one from untrained weights. Take guidance_scale=1, or train with class_dropout_prob=0.1."
+)
+"""The warning for guidance that nothing has been trained for; takes the model's name and the scale."""
 
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
@@ -59,6 +67,15 @@ def load_transformer(name: str, *, revision: str | None = None) -> DiTTransforme
         InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
     return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision))
+
+
+def training_config_of(name: str) -> dict[str, Any]:
+    """Options that a pipeline was trained with, from the file beside it; empty where it has none, and on the Hub."""
+    try:
+        sidecar = json.loads((_pipeline_folder(name) / SIDECAR).read_text(encoding="utf-8"))
+        return dict(sidecar["training_config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # none, or of another version, or by another hand
 
 
 def prediction_type_of(name: str, *, revision: str | None = None) -> str | None:

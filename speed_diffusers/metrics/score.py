@@ -1,7 +1,7 @@
 """The score of a pipeline: every metric of images that it generates, with the protocol they were measured under."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import diffusers
@@ -16,7 +16,7 @@ from ..config.schema import option
 from ..data.moments import vae_factor, vae_fingerprint
 from ..errors import InputError, unknown_name
 from ..files import tensors_sha256
-from ..generation.generate import GenerationSettings, generate, row_names_of, speed_pipeline
+from ..generation.generate import GenerationSettings, generate, lost_rows, row_names_of, speed_pipeline
 from ..version import __version__
 from .extractors import FeatureExtractor, load_extractor
 from .metric import METRICS, Samples
@@ -181,7 +181,12 @@ def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
     """The rows of the label table that images take in turn."""
     if settings.class_rows is not None:
         return list(settings.class_rows)
-    return sorted(row_names_of(pipeline)) or [speed_pipeline(pipeline).null_class_id]
+    if lost := lost_rows(pipeline):
+        raise InputError(
+            f"The pipeline has lost the names of {len(lost)} classes, such as row {lost[0]}, because others have the "
+            "same: load it with load_pipeline, which keeps all names, or give class_rows."
+        )
+    return list(row_names_of(pipeline)) or [speed_pipeline(pipeline).null_class_id]
 
 
 def _wanted_classes(pipeline: DiTPipeline, labels: Sequence[int], classes: Sequence[str] | None) -> Tensor | None:
@@ -192,11 +197,25 @@ def _wanted_classes(pipeline: DiTPipeline, labels: Sequence[int], classes: Seque
     if classes is None or not row_names:
         # Rows of the table leave out the one that means "no class".
         ids = {row: row - (row > null) for row in rows}
-    elif all(row_names.get(row) in classes for row in rows):
-        ids = {row: list(classes).index(row_names[row]) for row in rows}
     else:
-        return None
+        ids = _classes_by_name(row_names, classes)
+        if not rows <= set(ids):
+            return None
     return torch.tensor([ids[row] for row in labels])
+
+
+def _classes_by_name(row_names: Mapping[int, str], classes: Sequence[str]) -> dict[int, int]:
+    """The extractor's class of each row whose name it knows; rows of one name are its classes of that name, in order.
+
+    A name that the two sides give to different numbers of classes is left out.
+    """
+    found: dict[int, int] = {}
+    for name in set(row_names.values()):
+        own = [row for row, other in sorted(row_names.items()) if other == name]
+        theirs = [number for number, other in enumerate(classes) if other == name]
+        if len(own) == len(theirs):
+            found |= zip(own, theirs, strict=True)
+    return found
 
 
 def _images(

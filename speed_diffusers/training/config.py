@@ -145,7 +145,9 @@ class TrainConfig(_WithSpeeD):
     validation_steps: int | None = option(
         None, "Generate a grid of images every so many steps; None: never.", interval="[1, inf)", free=True
     )
-    validation_class_labels: list[str] = option([], "Its classes, names or ids; empty: the first 10.", free=True)
+    validation_class_labels: list[str] = option(
+        [], "Its classes, names or rows of the label table; empty: the first 10.", free=True
+    )
     num_validation_images: int = option(8, "Images per class in the grid.", interval="[1, inf)", free=True)
     guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", interval="[1, inf)", free=True)
     sampler: str | None = option(None, "Of grid and score; None: DDIM.", choices=SAMPLERS, free=True)

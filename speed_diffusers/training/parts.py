@@ -52,8 +52,15 @@ def make_scheduler(config: TrainConfig) -> TrainingScheduler:
     """The noise schedule with SpeeD.
 
     Raises:
-        InputError: A `speed_` value is outside its range or does not fit the schedule, or an option has no effect.
+        InputError: A `speed_` value is outside its range or does not fit the schedule, an option has no effect, or the
+            network would predict the noise where there is nothing else.
     """
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise InputError(
+            "rescale_betas_zero_snr=true prediction_type=epsilon: the schedule ends without signal, where the "
+            "noise tells nothing of the image and samplers divide by zero; with rescale_betas_zero_snr take "
+            "prediction_type=v_prediction."
+        )
     if config.prediction_type != FLOW_PREDICTION:
         if config.flow_shift != 1.0:
             raise InputError(f"flow_shift={config.flow_shift}: only prediction_type=flow_prediction knows it.")
@@ -100,8 +107,13 @@ def make_learned_variance(
     )
 
 
-def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> TrainableDiT:
+def make_model(config: TrainConfig, num_data_classes: int, vae: AutoencoderKL) -> TrainableDiT:
     """The transformer in training form, new or pretrained.
+
+    Args:
+        config: Options of the run.
+        num_data_classes: Classes of the data; 0: none.
+        vae: The autoencoder that makes the latents.
 
     Raises:
         InputError: It does not fit the images, their classes or the autoencoder.
@@ -109,11 +121,11 @@ def make_model(config: TrainConfig, source: ImageSource, vae: AutoencoderKL) -> 
     side = check_resolution(config.resolution, vae)
     channels = int(vae.config["latent_channels"])
     out_channels = 2 * channels if config.variance_type == LEARNED_RANGE else channels
-    num_classes = config.num_classes if config.num_classes is not None else source.num_classes
-    if source.num_classes > num_classes:
+    num_classes = config.num_classes if config.num_classes is not None else num_data_classes
+    if num_data_classes > num_classes:
         raise InputError(
-            f"num_classes={num_classes}: the data has {source.num_classes} classes, with ids up to "
-            f"{source.num_classes - 1}; allowed: at least {source.num_classes}, or None."
+            f"num_classes={num_classes}: the data has {num_data_classes} classes, with ids up to "
+            f"{num_data_classes - 1}; allowed: at least {num_data_classes}, or None."
         )
     if config.pretrained_model_name_or_path is None:
         architecture = dit_config(

@@ -199,7 +199,9 @@ def ema_pipeline(run: TrainingRun) -> DiTPipeline:
 def save_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, step: int) -> None:
     """One row of samples per class."""
     config = run.config
-    rows = choose_classes(config.validation_class_labels, embedding_row_names(run.source.label_names))
+    names = embedding_row_names(run.source.label_names)
+    last_row = pipeline.transformer.config.num_embeds_ada_norm
+    rows = choose_classes(config.validation_class_labels, names, last_row=last_row)
     images = class_samples(
         pipeline,
         list(rows),

@@ -1,6 +1,8 @@
 """The folder of a run: what it may be, whether a run may be resumed in it, and what is put there first."""
 
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ from filelock import FileLock, Timeout
 
 from ..config.load import config_dict, load_config, save_config
 from ..errors import InputError
-from ..files import check_writable
+from ..files import check_writable, write_text
 from .checkpoint_folders import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
 from .checkpoints import read_state
 from .config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
+LABEL_NAMES_FILE = "label_names.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
 ERRORS_FILE = "error_by_timestep.png"
@@ -39,6 +42,17 @@ def load_run_config(folder: Path) -> TrainConfig:
     if not is_run(folder):
         raise InputError(f"{folder} is no run: there is no {CONFIG_FILE} in it.")
     return load_config(TrainConfig, [f"config={(folder / CONFIG_FILE).resolve()}"], folder)
+
+
+def load_label_names(folder: Path) -> list[str] | None:
+    """Name of each class id of the run in a folder; None for a run without classes.
+
+    Raises:
+        OSError: The folder does not tell; version 0.1 did not write them.
+        ValueError: The file is damaged.
+    """
+    names: list[str] | None = json.loads((folder / LABEL_NAMES_FILE).read_text(encoding="utf-8"))
+    return names
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
@@ -103,8 +117,17 @@ def repeatable(config: TrainConfig, accumulation: int) -> TrainConfig:
     )
 
 
-def open_output_dir(config: TrainConfig, accumulation: int, checkpoint: Path | None) -> FileLock:
+def open_output_dir(
+    config: TrainConfig, accumulation: int, checkpoint: Path | None, label_names: Sequence[str] | None
+) -> FileLock:
     """Makes the folder, locks it for this run, and saves the resolved configuration in it; main process only.
+
+    Args:
+        config: Options of the run.
+        accumulation: Batches per optimizer step, which a resumed run may have had to change.
+        checkpoint: What the run resumes from, if it does.
+        label_names: Name of each class id, kept in the folder, so that whoever samples needs no data; None for a run
+            without classes.
 
     Raises:
         InputError: Another process writes to the folder.
@@ -121,6 +144,8 @@ def open_output_dir(config: TrainConfig, accumulation: int, checkpoint: Path | N
         _delete_run(folder)
     if checkpoint is not None:
         set_aside_later_checkpoints(folder, read_state(checkpoint)["step"])
+    # Before the configuration, which makes the folder a run.
+    write_text(folder / LABEL_NAMES_FILE, json.dumps(label_names, ensure_ascii=False, indent=1))
     save_config(repeatable(config, accumulation), folder / CONFIG_FILE)
     return lock
 
@@ -131,5 +156,5 @@ def _delete_run(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
-    for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, LABEL_NAMES_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

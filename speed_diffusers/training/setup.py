@@ -1,5 +1,6 @@
 """What the training script needs before its loop: every check, then every part, then the folder of the run."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ..data.images import ImageDataset, collate
 from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
 from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
-from ..generation.pretrained import load_vae
+from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
 from .checkpoints import load_checkpoint, load_learned, read_state
 from .config import TrainConfig
 from .ema import ExponentialMovingAverage, fitted_decay
@@ -36,6 +37,8 @@ from .run import Inputs, TrainingRun
 from .run_folder import check_output_dir, check_resumed_config, open_output_dir
 from .tracking import check_trackers
 
+logger = logging.getLogger(__name__)
+
 LOCAL_TRACKERS = ("tensorboard",)
 """Trackers that write to the folder of the run and nowhere else."""
 
@@ -51,12 +54,16 @@ def check_inputs(config: TrainConfig) -> Inputs:
     make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
     source = open_data(config)
-    choose_classes(config.validation_class_labels, embedding_row_names(source.label_names))
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
-    core = make_model(config, source, vae)
+    core = make_model(config, source.num_classes, vae)
+    last_row = core.transformer.config["num_embeds_ada_norm"]
+    choose_classes(config.validation_class_labels, embedding_row_names(source.label_names), last_row=last_row)
     if config.num_score_images is not None:
         score_settings(config, torch.device("cpu"))
     accelerator = make_accelerator(config)
+    guided = config.guidance_scale > 1 and source.num_classes > 0
+    if guided and config.class_dropout_prob == 0 and accelerator.is_main_process:
+        logger.warning(GUIDANCE_UNTRAINED, config.output_dir, config.guidance_scale)
     layout = make_layout(config, accelerator, checkpoint)
     check_same_step(accelerator, checkpoint)
     identity = {
@@ -101,7 +108,9 @@ def start_run(inputs: Inputs) -> TrainingRun:
     feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
     if feedback is not None and inputs.checkpoint is not None:
         feedback.load_state_dict(load_learned(inputs.checkpoint), is_main_process=accelerator.is_main_process)
-    lock = open_output_dir(config, layout.accumulation, inputs.checkpoint) if accelerator.is_main_process else None
+    lock = None
+    if accelerator.is_main_process:
+        lock = open_output_dir(config, layout.accumulation, inputs.checkpoint, inputs.source.label_names)
     accelerator.wait_for_everyone()
     return TrainingRun(
         config=config,

@@ -1,4 +1,4 @@
-"""What `evaluate.py` scores: pipelines, and the checkpoints of runs put back into pipelines."""
+"""What is sampled and scored: pipelines, and the checkpoints of runs put back into pipelines."""
 
 import json
 import logging
@@ -11,15 +11,23 @@ import numpy as np
 from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
-from ..assets import EMBEDDED, EMBEDDED_PIPELINE
+from ..assets import EMBEDDED
 from ..errors import InputError
-from ..generation.export import SIDECAR, inference_pipeline
-from ..generation.pretrained import load_pipeline, load_vae
+from ..generation.export import inference_pipeline
+from ..generation.generate import speed_pipeline
+from ..generation.pretrained import GUIDANCE_UNTRAINED, load_pipeline, load_vae, training_config_of
 from ..models import export_transformer
 from .checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
 from .checkpoints import read_state
 from .parts import make_model, make_scheduler, open_data
-from .run_folder import METRICS_FILE, PIPELINE_FOLDER, SCORES_FOLDER, is_run, load_run_config
+from .run_folder import (
+    METRICS_FILE,
+    PIPELINE_FOLDER,
+    SCORES_FOLDER,
+    is_run,
+    load_label_names,
+    load_run_config,
+)
 from .tracking import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -49,11 +57,53 @@ class ModelToScore:
 
     def base(self) -> DiTPipeline:
         """A pipeline whose transformer may have to be replaced: the run's, or one made from its configuration."""
-        folder = Path(self.name)
-        if self.name != EMBEDDED and is_run(folder) and not _has_pipeline(folder):
-            return pipeline_of_config(folder)
+        if is_half_trained(self.name):
+            return pipeline_of_config(Path(self.name))
         pipeline: DiTPipeline = load_pipeline(self.name)
         return pipeline
+
+
+def is_half_trained(name: str) -> bool:
+    """Whether a name is the folder of a run that has left no pipeline yet."""
+    folder = Path(name)
+    return name != EMBEDDED and is_run(folder) and not _has_pipeline(folder)
+
+
+def load_latest(name: str, *, revision: str | None = None) -> DiTPipeline:
+    """A pipeline as `load_pipeline` loads it; of a run without one, its newest whole checkpoint's EMA weights.
+
+    Args:
+        name: "embedded", the folder of a run or of a pipeline, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: Nothing of this name can be loaded, or the run has no whole checkpoint yet.
+    """
+    if not is_half_trained(name):
+        loaded: DiTPipeline = load_pipeline(name, revision=revision)
+        return loaded
+    folder = Path(name)
+    for checkpoint in list_checkpoints(folder):
+        if problem := _problem_of(checkpoint, EMA):
+            logger.warning("Passing over a damaged checkpoint: %s", problem)
+            continue
+        pipeline = pipeline_of_config(folder)
+        put_weights(pipeline, checkpoint, "ema")
+        logger.warning("%s has no pipeline yet: taking the EMA weights of %s.", name, checkpoint.name)
+        return speed_pipeline(pipeline)
+    raise InputError(f"model={name}: the run has no pipeline and no whole checkpoint yet.")
+
+
+def warn_of_untrained_guidance(name: str, guidance_scale: float) -> None:
+    """Warns if a model is to be guided that was always told the class (`class_dropout_prob=0`), as far as is known."""
+    if guidance_scale <= 1:
+        return
+    if is_half_trained(name):
+        dropout: Any = load_run_config(Path(name)).class_dropout_prob
+    else:
+        dropout = training_config_of(name).get("class_dropout_prob")
+    if dropout == 0:
+        logger.warning(GUIDANCE_UNTRAINED, name, guidance_scale)
 
 
 def find_models(names: list[str], *, checkpoints: bool, weights: str, output_dir: Path | None) -> list[ModelToScore]:
@@ -134,24 +184,27 @@ def global_batch_of(checkpoints: list[Path]) -> int | None:
 
 def pipeline_place(name: str) -> Place:
     """The step that a pipeline's sidecar file tells; None where it has none."""
-    folder = EMBEDDED_PIPELINE if name == EMBEDDED else Path(name)
-    for sidecar in (folder / PIPELINE_FOLDER / SIDECAR, folder / SIDECAR):
-        if sidecar.is_file():
-            try:
-                return Place(None, int(json.loads(sidecar.read_text())["training_config"]["max_train_steps"]))
-            except (ValueError, KeyError, TypeError):
-                break  # of another version, or by another hand
-    return Place(None, None)
+    try:
+        return Place(None, int(training_config_of(name)["max_train_steps"]))
+    except (ValueError, KeyError, TypeError):
+        return Place(None, None)  # of another version, or by another hand
 
 
 def pipeline_of_config(folder: Path) -> DiTPipeline:
-    """The pipeline that a run will leave, with untrained weights, from its saved configuration and its data."""
+    """The pipeline that a run will leave, with untrained weights, from its saved configuration and class names.
+
+    Raises:
+        InputError: The configuration, the autoencoder or, of a run of version 0.1, the data cannot be read.
+    """
     config = load_run_config(folder)
-    source = open_data(config)
+    try:
+        names = load_label_names(folder)
+    except (OSError, ValueError):
+        names = open_data(config).label_names
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval()
-    core = make_model(config, source, vae)
+    core = make_model(config, len(names or ()), vae)
     transformer = export_transformer(core.transformer.config, core.state_dict())
-    return inference_pipeline(transformer, vae, make_scheduler(config), source.label_names)
+    return inference_pipeline(transformer, vae, make_scheduler(config), names)
 
 
 def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:

@@ -1,5 +1,6 @@
 """Images that do not depend on their batch, and classes as people name them."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +9,25 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from speed_diffusers import InputError, SpeeDDDPMScheduler
-from speed_diffusers.generation.export import inference_pipeline
+from speed_diffusers.generation.export import inference_pipeline, save_pipeline
 from speed_diffusers.generation.generate import (
     GenerationSettings,
     choose_classes,
     class_samples,
     generate,
+    lost_rows,
     row_names_of,
     speed_pipeline,
 )
+from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.models import NULL_CLASS, build_dit, export_transformer
 from speed_diffusers.randomness import keyed_generator
 from tiny_run import DIT
 
 ROWS = [3, 1, 4, 1, 5]
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "crane", 3: "crane", 4: "T-shirt/top"}
+OWN = {**NAMES, 3: "crane bird"}
+"""The same, but each class has a name of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +84,40 @@ def test_guidance_is_passed_on(pipeline: DiTPipeline) -> None:
 
 
 def test_a_stock_pipeline_is_wrapped_with_its_names(pipeline: DiTPipeline) -> None:
-    named = DiTPipeline(**pipeline.components, id2label=NAMES)
+    named = DiTPipeline(**pipeline.components, id2label=OWN)
     wrapped = speed_pipeline(named)
-    # Of two classes with one name the stock pipeline has forgotten the first.
-    assert wrapped.labels == named.labels and sorted(row_names_of(wrapped)) == [0, 1, 3, 4]
+    assert wrapped.labels == named.labels and list(row_names_of(wrapped)) == [0, 1, 2, 3, 4]
     assert wrapped.transformer is named.transformer and wrapped.scheduler is named.scheduler
     assert speed_pipeline(wrapped) is wrapped
     ours = speed_pipeline(wrapped, "ddpm")
     assert ours.scheduler is not wrapped.scheduler and row_names_of(ours) == row_names_of(wrapped)
+
+
+def test_no_class_is_lost_because_another_has_its_name(
+    pipeline: DiTPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = DiTPipeline(**pipeline.components, id2label=NAMES)
+    kept.register_to_config(id2label={str(row): name for row, name in NAMES.items()})
+    save_pipeline(kept, tmp_path / "pipeline", {})
+    for each in (kept, DiTPipeline.from_pretrained(tmp_path / "pipeline"), load_pipeline(str(tmp_path / "pipeline"))):
+        assert row_names_of(each) == NAMES == row_names_of(speed_pipeline(each, "ddpm")) and lost_rows(each) == []
+    assert "label table" not in caplog.text
+    # Of two classes with one name a stock pipeline keeps the last; what it was loaded from may be gone.
+    lossy = DiTPipeline(**pipeline.components, id2label=NAMES)
+    assert list(row_names_of(lossy)) == [0, 1, 3, 4] and lost_rows(lossy) == [2]
+    assert "names classes, but not rows 2 of its label table" in caplog.text
+    partly = speed_pipeline(pipeline)
+    partly.register_to_config(id2label={"1": "a", "7": "b"})
+    assert row_names_of(partly) == {1: "a", 7: "b"} and lost_rows(partly) == [], "nothing is lost, nothing more named"
+
+
+def test_a_model_that_diverged_is_named_as_the_cause(pipeline: DiTPipeline) -> None:
+    broken = copy.deepcopy(pipeline.transformer)
+    with torch.no_grad():
+        broken.proj_out_2.bias.fill_(float("nan"))
+    diverged = DiTPipeline(**{**pipeline.components, "transformer": broken})
+    with pytest.raises(FloatingPointError, match="The model generated NaN or infinite values in 5 of 5 images"):
+        images(diverged, ROWS)
 
 
 def test_unknown_sampler_is_an_input_error(pipeline: DiTPipeline) -> None:
@@ -132,12 +163,12 @@ def test_samples_come_class_by_class(pipeline: DiTPipeline) -> None:
         (["Carassius auratus", "0"], {1: "goldfish, Carassius auratus", 0: "tench, Tinca tinca"}),
         (["T-shirt/top"], {4: "T-shirt/top"}),
         (["crane"], {2: "crane"}),
-        (["3"], {3: "crane"}),
+        (["3"], {3: "crane bird"}),
         (["4", "1"], {4: "T-shirt/top", 1: "goldfish, Carassius auratus"}),
     ],
 )
 def test_classes_by_name_part_of_a_name_or_row(wanted: list[str], rows: dict[int, str]) -> None:
-    chosen = choose_classes(wanted, NAMES)
+    chosen = choose_classes(wanted, OWN)
     assert list(chosen.items()) == list(rows.items()), "in the order asked for"
 
 
@@ -146,6 +177,23 @@ def test_names_that_are_numbers_win_over_rows() -> None:
     names = dict(enumerate(sorted(str(number) for number in range(12))))
     assert names[2] == "10" and names[4] == "2"
     assert choose_classes(["2", "10", "11"], names) == {4: "2", 2: "10", 3: "11"}
+
+
+def test_a_name_of_two_classes_lists_their_rows() -> None:
+    with pytest.raises(InputError, match=r"'crane' is ambiguous: rows 2 \('crane'\), 3 \('crane'\)") as error:
+        choose_classes(["tench", "crane"], NAMES)
+    assert "\n" not in str(error.value)
+    assert choose_classes(["2", "3"], NAMES) == {2: "crane", 3: "crane"}
+
+
+def test_rows_without_a_name_are_taken_within_the_table() -> None:
+    assert choose_classes(["7", "1000", "tench"], NAMES, last_row=1000) == {7: "7", 1000: "1000", 0: NAMES[0]}
+    assert choose_classes(["7"], {}, last_row=10) == {7: "7"} == choose_classes(["7"], {})
+    for names in (NAMES, {}):
+        with pytest.raises(InputError, match="class_labels=1001: the model has rows 0 to 1000"):
+            choose_classes(["1001"], names, last_row=1000)
+    # A whole name beats a row, a row beats a part of a name.
+    assert choose_classes(["3", "4"], {0: "3", 1: "area, 4"}, last_row=10) == {0: "3", 4: "4"}
 
 
 def test_nothing_asked_for_gives_the_first_ten() -> None:

@@ -16,7 +16,6 @@ from pipeline_parts import MEAN, SCHEDULE, STD, GaussianDiT, generators, noise_o
 from speed_diffusers import InputError, SpeeDDDIMScheduler
 from speed_diffusers.generation.generate import speed_pipeline
 from speed_diffusers.generation.samplers import SAMPLERS, make_sampler
-from speed_diffusers.pipelines.pipeline_dit_speed import SCHEDULERS
 
 # diffusers takes arrays of tensors in a way that numpy will change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -52,9 +51,8 @@ def check_images(name: str, pipeline: Any) -> None:
 
 def test_all_are_described_and_fit_the_pipeline() -> None:
     assert {*TOLERANCES, *STOCHASTIC} == set(SAMPLERS)
-    for name, entry in SAMPLERS.items():
+    for entry in SAMPLERS.values():
         assert entry.summary.endswith(".") and "arXiv" in entry.reference
-        assert type(make_sampler(name, gaussian_pipeline())).__name__ in SCHEDULERS
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

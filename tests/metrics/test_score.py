@@ -22,7 +22,13 @@ from speed_diffusers.metrics.protocol import (
     protocol_differences,
     require_equal_protocols,
 )
-from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pipeline
+from speed_diffusers.metrics.score import (
+    ScoreSettings,
+    _class_rows,
+    _wanted_classes,
+    make_protocol,
+    score_pipeline,
+)
 from speed_diffusers.metrics.score_record import Environment, Score, ScoreRecord, load_score, load_scores, save_score
 from speed_diffusers.pipelines import SpeeDDiTPipeline
 
@@ -129,9 +135,10 @@ def test_labels_in_words() -> None:
 def test_agreement_goes_by_name_and_without_names_by_number(pipeline: DiTPipeline) -> None:
     by_name = score_pipeline(pipeline, FEW).class_agreement
     renamed = load_pipeline("embedded")
-    renamed.labels = {f"class {row}": row for row in range(10)}
+    renamed.register_to_config(id2label={str(row): f"class {row}" for row in range(10)})
     assert score_pipeline(renamed, FEW).class_agreement is None, "classes that the extractor does not know"
     renamed.labels = {}
+    renamed.register_to_config(id2label=None)
     rows = tuple(range(10))
     assert score_pipeline(renamed, replace(FEW, class_rows=rows)).class_agreement == by_name
     assert score_pipeline(renamed, FEW).protocol.labels == "no class"
@@ -139,9 +146,27 @@ def test_agreement_goes_by_name_and_without_names_by_number(pipeline: DiTPipelin
     # The names of another order of classes are followed.
     names = load_extractor().classes
     assert names is not None
-    renamed.labels = {names[row]: 9 - row for row in range(10)}
+    renamed.register_to_config(id2label={str(9 - row): names[row] for row in range(10)})
     swapped = score_pipeline(renamed, replace(FEW, class_rows=rows)).class_agreement
     assert swapped is not None and by_name is not None and swapped < 0.3 < by_name
+
+
+def test_every_class_is_scored_though_others_have_its_name(pipeline: DiTPipeline) -> None:
+    names = {row: f"class {row}" for row in range(1000)}
+    names |= {134: "crane", 517: "crane", 638: "maillot", 639: "maillot, tank suit", 657: "missile"}
+    names |= {744: "projectile, missile"}
+    named = SpeeDDiTPipeline(**pipeline.components, id2label=names)
+    assert _class_rows(named, ScoreSettings()) == list(range(1000))
+    # A stock pipeline loses three of them, and must not be scored on the other 997 without a word.
+    lossy = DiTPipeline(**pipeline.components, id2label=names)
+    with pytest.raises(InputError, match="has lost the names of 3 classes, such as row 134") as error:
+        make_protocol(lossy, ScoreSettings())
+    assert "\n" not in str(error.value)
+    assert make_protocol(lossy, ScoreSettings(class_rows=range(1000))).labels == "0..999 in turn"
+    # Equal names are told apart by their order, on both sides.
+    wanted = _wanted_classes(named, [744, 134, 517, 638, 639], list(names.values()))
+    assert wanted is not None and wanted.tolist() == [744, 134, 517, 638, 639]
+    assert _wanted_classes(named, [134], [*names.values(), "crane"]) is None, "three of them there, two here"
 
 
 def test_the_row_of_no_class_is_no_class_of_the_extractor(pipeline: DiTPipeline) -> None:

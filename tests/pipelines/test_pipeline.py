@@ -17,7 +17,7 @@ from speed_diffusers.pipelines import SpeeDDiTPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = [3, 10, 0, 7, 7]
-NAMES = {0: "tench, Tinca tinca", 3: "crane", 7: "crane", 9: "T-shirt/top"}
+NAMES = {0: "tench, Tinca tinca", 3: "goldfish", 7: "crane", 9: "T-shirt/top"}
 
 
 def ddim(**options: Any) -> DDIMScheduler:
@@ -169,6 +169,28 @@ def test_a_callback_may_stop_and_end_the_guidance() -> None:
     model.seen.clear()
     draw(LABELS, 2.0, None, 3, "latent")
     assert [len(rows) for _, rows in model.seen] == [10, 10, 10], "the next call starts afresh"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("output_type", ["latent", "np", "pt", "pil"])
+def test_what_is_not_finite_is_an_error_of_the_model(value: float, output_type: str) -> None:
+    draw = pipeline_of(transformer(GaussianDiT), ddim())
+
+    def spoil(pipeline: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["latents"][1:3, 0, 0, 0] = value
+        return {}
+
+    message = "^The model generated NaN or infinite values in 2 of 5 images.$"
+    with pytest.raises(FloatingPointError, match=message):
+        draw(LABELS, 2.0, None, 3, output_type, callback_on_step_end=spoil)
+
+
+def test_an_autoencoder_that_overflows_is_named() -> None:
+    draw = pipeline_of(transformer(GaussianDiT), ddim())
+    with torch.no_grad():
+        draw.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="autoencoder, in torch.float32, made NaN or inf.* in 1 of 1 images"):
+        draw(1, 2.0, None, 3, "pt")
 
 
 @pytest.mark.parametrize(("name", "spread"), [("ddim", 0.02), ("ddpm", 0.05)])

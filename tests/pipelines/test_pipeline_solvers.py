@@ -21,7 +21,6 @@ from pipeline_parts import (
     pipeline_of,
     transformer,
 )
-from speed_diffusers.pipelines.pipeline_dit_speed import SCHEDULERS
 
 # diffusers takes arrays of tensors in a way that numpy will change.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -150,10 +149,6 @@ def gaussian_images(scheduler: Any, num_steps: int, noise: Tensor | None, count:
     model.prediction_type = scheduler.config.get("prediction_type", "epsilon")
     options = {"num_inference_steps": num_steps, "output_type": "latent", "latents": noise}
     return pipeline_of(model, scheduler)(num_images=count, generator=generators(count), **options).images
-
-
-def test_the_tests_know_every_solver() -> None:
-    assert {*TOLERANCES, *STOCHASTIC} == set(SCHEDULERS)
 
 
 FLOW = [name for name in TOLERANCES if name.startswith("FlowMatch")]

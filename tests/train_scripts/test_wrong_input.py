@@ -128,6 +128,18 @@ def test_a_schedule_without_signal_learns_no_variance_of_epsilon(tiny_options: l
     fails(options, "with rescale_betas_zero_snr take prediction_type=v_prediction", tmp_path / "run")
 
 
+def test_a_schedule_without_signal_is_not_trained_to_predict_its_noise(
+    tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny_options, "rescale_betas_zero_snr=true", "prediction_type=epsilon"]
+    fails(options, "rescale_betas_zero_snr=true prediction_type=epsilon: .*v_prediction", tmp_path / "run")
+
+
+def test_rows_of_the_grid_are_in_the_label_table(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, "validation_class_labels=cat,1001"]
+    fails(options, "class_labels=1001: the model has rows 0 to 1000", tmp_path / "run")
+
+
 def test_output_folder_that_is_a_file_or_cannot_be_written(
     tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
 ) -> None:
