@@ -13,7 +13,9 @@ from .schedulers import (
 )
 from .settings import SpeeDOptions
 from .strategy import SpeeDStrategy
-from .version import __version__
+from .version import __version__, warn_of_untried
+
+warn_of_untried("diffusers")
 
 __all__ = [
     "PRESETS",

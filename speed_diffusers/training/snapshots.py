@@ -90,7 +90,8 @@ def load_latest(name: str, *, revision: str | None = None) -> DiTPipeline:
         pipeline = pipeline_of_config(folder)
         put_weights(pipeline, checkpoint, "ema")
         logger.warning("%s has no pipeline yet: taking the EMA weights of %s.", name, checkpoint.name)
-        return speed_pipeline(pipeline)
+        half_trained: DiTPipeline = speed_pipeline(pipeline)
+        return half_trained
     raise InputError(f"model={name}: the run has no pipeline and no whole checkpoint yet.")
 
 
