@@ -65,17 +65,11 @@ class ForwardProcess:
         shift, as in diffusers' own scripts.
 
         Raises:
-            InputError: The scheduler has neither betas nor a flow's shift, or not as many betas as timesteps.
+            InputError: The scheduler has neither betas nor a flow's shift, or no betas at all.
         """
         betas = getattr(scheduler, "betas", None)
         if isinstance(betas, Tensor):
             _check_size(betas.numel())
-            wanted = getattr(scheduler, "config", {}).get("num_train_timesteps", betas.numel())
-            if betas.numel() != wanted:
-                raise InputError(
-                    f"The scheduler has {betas.numel()} betas, but num_train_timesteps={wanted}: give as many "
-                    f"trained_betas, or set num_train_timesteps={betas.numel()}."
-                )
             betas = betas.detach().to("cpu", torch.float64)
             noise_level = 1.0 - torch.cumprod(1.0 - betas, dim=0)
             own = getattr(scheduler, "alphas_cumprod", None)

@@ -138,9 +138,12 @@ def test_scheduler_without_betas_is_refused() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_one_timestep_is_refused() -> None:
-    with pytest.raises(InputError, match="num_train_timesteps=1: .*at least 2"):
-        process_of(num_train_timesteps=1)
+def test_one_timestep_is_a_process_in_which_nothing_changes() -> None:
+    process = process_of(num_train_timesteps=1)
+    assert process.num_train_timesteps == 1 and float(process.noise_level[0]) == pytest.approx(1e-4)
+    for name in ("change", "fastest_step", "dual_pivot", "log_snr_speed"):
+        with pytest.raises(InputError, match="num_train_timesteps=1: .*at least 2"):
+            getattr(process, name)
 
 
 # Rectified flows, other tables, and what holds on every schedule.
@@ -232,7 +235,7 @@ def test_constructors_agree() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ForwardProcess.from_sigmas(torch.tensor([0.5])), "num_train_timesteps=1: SpeeD needs at least 2"),
+        (lambda: ForwardProcess.from_sigmas(torch.tensor([])), "num_train_timesteps=0: must be at least 1"),
         (lambda: ForwardProcess.from_sigmas(torch.ones(2, 2)), r"sigmas: must have one axis.*\(2, 2\)"),
         (lambda: ForwardProcess.from_sigmas(torch.tensor([0.5, 14.6])), r"sigmas: must lie in \[0, 1\]"),
         (lambda: ForwardProcess.from_sigmas(torch.tensor([0.5, float("nan")])), r"sigmas: must lie in \[0, 1\]"),

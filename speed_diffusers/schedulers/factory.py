@@ -80,6 +80,11 @@ def speed_scheduler(scheduler_or_config: SchedulerMixin | Mapping[str, Any], **s
         cls, config = speed_scheduler_class(type(scheduler_or_config)), cast(Any, scheduler_or_config).config
     else:
         raise InputError(f"{type(scheduler_or_config).__name__} is neither a scheduler of diffusers nor its config.")
+    betas, wanted = config.get("trained_betas"), config.get("num_train_timesteps")
+    if betas is not None and len(betas) != wanted:
+        raise InputError(
+            f"The scheduler has {len(betas)} trained_betas, but num_train_timesteps={wanted}: set it to {len(betas)}."
+        )
     return cast(Any, cls).from_config(config, **speed)
 
 

@@ -163,7 +163,7 @@ def test_missing_or_useless_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     expected = {
         "nowhere": "No such file or folder: '.*nowhere'",
-        "empty": r"No images in '.*empty'.*one sub-folder of images a class, or \*.parquet files",
+        "empty": r"No images in '.*empty'.*one sub-folder of images per class, or \*.parquet files",
         "notes.txt": "is a file but not",
         "hole": "Every sub-folder is a class, but '.*dog' has no images",
         "broken.parquet": "Cannot read the parquet data in '.*broken.parquet': .*[Pp]arquet",

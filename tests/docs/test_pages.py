@@ -55,11 +55,25 @@ TINY_RUN = [
 ]
 
 
+OWN_TESTS = {
+    "docs/kohya_and_others.md": "test_kohya_and_others.py",
+    "docs/upstream.md": "test_upstream.py",
+    "docs/apply_speed.py": "test_apply_speed.py",
+}
+"""Pages whose examples need stand-ins or fail on purpose, and a script outside the package: who runs them."""
+
+
+def test_who_runs_the_others_is_there() -> None:
+    folder = Path(__file__).resolve().parent
+    assert all((folder / name).is_file() and (ROOT / page).is_file() for page, name in OWN_TESTS.items())
+
+
 def blocks(language: str) -> list[Any]:
-    """The code blocks of a language on all pages, as test parameters: page and text."""
+    """The code blocks of a language on all pages without tests of their own, as test parameters: page and text."""
     return [
         pytest.param(page, code, id=f"{page}-{index}")
         for page, text in TEXTS.items()
+        if page not in OWN_TESTS
         for index, (found, code) in enumerate(FENCE.findall(text))
         if found == language
     ]
@@ -154,6 +168,8 @@ def launch(words: list[str], place: Path, tiny_vae: Path) -> None:
     if "--config_file" in words:
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
     at = next(index for index, word in enumerate(words) if word.endswith(".py") or words[index - 1] == "-m")
+    if words[at] in OWN_TESTS:
+        return
     module, options = script(words[at]), words[at + 1 :]
     if words[at].startswith("benchmarks/"):
         # They take hours; tests/benchmarks runs them in small. Here their options are read.

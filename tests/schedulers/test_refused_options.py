@@ -55,5 +55,13 @@ def test_a_class_of_the_factory_knows_itself_and_its_host_as_compatible(host: ty
 
 
 def test_betas_that_do_not_fit_the_number_of_timesteps_are_named() -> None:
-    with pytest.raises(InputError, match="has 2 betas, but num_train_timesteps=1000"):
+    with pytest.raises(InputError, match="has 2 trained_betas, but num_train_timesteps=1000: set it to 2"):
         speed_scheduler(DDPMScheduler(trained_betas=[0.1, 0.2]))
+
+
+def test_one_timestep_is_trained_as_in_diffusers_without_speed() -> None:
+    plain = SpeeDDDPMScheduler(num_train_timesteps=1, speed_sampling="uniform", speed_weighting="none")
+    timesteps = plain.sample_timesteps(3)
+    assert timesteps.tolist() == [0, 0, 0] and plain.loss_weights(timesteps).tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(InputError, match="num_train_timesteps=1: .*at least 2.*speed_sampling='uniform'"):
+        SpeeDDDPMScheduler(num_train_timesteps=1)
