@@ -109,8 +109,8 @@ def ddpm(trained: Trained) -> SchedulerMixin:
     """IDDPM's respaced sampler; DiT's scores are those of its 250 steps.
 
     The steps are (T - 1) i / (n - 1), rounded; of 1,000 timesteps those of DiT's code with 10, 25, 50, 100, 250, 500
-    and 1,000 steps. With an odd number of steps its accumulated stride may miss a half by rounding, and a timestep differs
-    by 1: one of 501, and one of 999.
+    and 1,000 steps. With an odd number of steps its accumulated stride may miss a half by rounding, and a timestep
+    differs by 1: one of 501, and one of 999.
     """
     variance_type = "learned_range" if trained.predicts_variance else "fixed_small"
     return DDPMScheduler(**_schedule(trained, "ddpm", "linspace"), clip_sample=False, variance_type=variance_type)

@@ -249,7 +249,7 @@ def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog
     assert "Passing over a damaged checkpoint" in caplog.text and "checkpoint-10" in caplog.text
     records = load_scores(run / "scores")
     assert [(each.step, each.score.protocol.weights) for each in records] == [(5, "model"), (12, "model")]
-    with pytest.raises(InputError, match="weights=model: embedded is a pipeline, which holds averaged weights"):
+    with pytest.raises(InputError, match="weights=model: embedded is a pipeline, which holds EMA weights"):
         evaluate.main(["models=embedded", "weights=model", *QUICK])
     with pytest.raises(InputError, match="no pipeline with weights=model; checkpoints=true scores"):
         evaluate.main(["models=run", "weights=model", *QUICK])

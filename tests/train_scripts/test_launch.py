@@ -120,7 +120,7 @@ def test_two_processes_train_as_one_does(tiny_options: list[str], tmp_path: Path
     pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options]
     together = launch([*pair, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"])
     assert together.returncode == 0, together.stderr
-    assert "2 a device x 2 process(es) x 1 accumulated" in together.stdout
+    assert "2 per device x 2 process(es) x 1 accumulated" in together.stdout
     first, second = (load_file(tmp_path / name / "checkpoint-12" / "ema.safetensors") for name in ("one", "two"))
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)

@@ -92,7 +92,7 @@ def test_costs_are_those_of_the_formula(tmp_path: Path, capsys: pytest.CaptureFi
     assert float(row(printed, "hours on the clock")[0]) == pytest.approx(hours / 8, rel=1e-3)
     parameters = float(row(printed, "parameters")[0])
     assert parameters == pytest.approx(675, rel=0.01)  # what DiT's paper gives for XL/2
-    assert float(row(printed, "state, each device")[0]) == pytest.approx(parameters * 20e-3, abs=6e-3)
+    assert float(row(printed, "state, per device")[0]) == pytest.approx(parameters * 20e-3, abs=6e-3)
     # Two moments of 4x32x32 numbers of 2 bytes, for both mirror images.
     assert float(row(printed, "latent cache")[0]) == pytest.approx(1_281_167 * 2 * 2 * 4 * 32 * 32 * 2 / 1e9, abs=6e-3)
     assert "stimates" in printed and "ASSUMPTION" in printed and "Left out" in printed
@@ -154,7 +154,7 @@ def test_densities_that_learn_are_marked() -> None:
     scheduler = SpeeDDDPMScheduler()
     names = ["loss_second_moment+none", "paper", "logit_normal+none"]
     printed = describe_strategies(strategy_tables(scheduler, names), scheduler.speed_areas)
-    assert [line.split()[0] for line in printed.splitlines() if "learns in training" in line] == names[:1]
+    assert [line.split()[0] for line in printed.splitlines() if "(loss-aware; shown" in line] == names[:1]
 
 
 def test_a_run_is_described_in_one_call() -> None:

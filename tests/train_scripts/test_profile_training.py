@@ -66,7 +66,7 @@ def test_a_profile_shows_every_part_and_touches_no_run(
     assert rows["forward and loss"][2] > 100 < rows["backward"][2]
     assert rows["ema"][2] == 1
     shape = dit_config("DiT-tiny/4", sample_size=8, in_channels=4, out_channels=4, num_classes=2)
-    assert f"{4 * training_flops(shape) / 1e9:.2f} GFLOP a step" in printed
+    assert f"{4 * training_flops(shape) / 1e9:.2f} GFLOP per step" in printed
     assert re.search(r"without the profiler: [\d.]+ ms/step, [\d.]+ images/s", printed)
     assert Image.open(picture).width > 500
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
@@ -88,7 +88,7 @@ def test_a_preset_of_imagenet_is_profiled(tiny_options: list[str], capsys: pytes
     small.append("validation_class_labels=cat")
     main(["config=imagenet_256/dit_xl2", *options, *small, *SHORT])
     printed = capsys.readouterr().out
-    assert "DiT-tiny/4, 8 images a step, cpu" in printed
+    assert "DiT-tiny/4, 8 images per step, cpu" in printed
     between = dict(re.findall(r"one (\w+): .* every ([\d,]+) steps", printed))
     assert between == {"checkpoint": "10,000", "validation": "5"}
 
