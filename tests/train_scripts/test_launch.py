@@ -39,6 +39,7 @@ def test_the_first_command_trains_and_saves(tmp_path: Path, cache_dir: Path) -> 
     """The README's first command, with its defaults but for the length of the run."""
     command = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", TRAIN]
     short = ["max_train_steps=2", f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", "num_inference_steps=2"]
+    short.append("num_score_images=50")
     result = launch([BIN / command[0], *command[1:], *short])
     assert result.returncode == 0, result.stderr
     assert "9,000 images, 10 classes" in result.stdout
@@ -59,6 +60,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_the_default_never_asks_the_network(tmp_path: Path) -> None:
     run = [f"output_dir={tmp_path / 'run'}", "max_train_steps=1", "num_inference_steps=1", "num_validation_images=1"]
+    run += ["max_train_samples=64", "num_score_images=20"]
     caches = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     result = launch([sys.executable, "-c", OFFLINE, TRAIN, *run], **caches)
     assert result.returncode == 0, result.stderr

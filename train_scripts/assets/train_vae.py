@@ -129,7 +129,7 @@ def losses(
     """Mean squared error of target (B, 3, R, R) in [-1, 1], and KL to N(0, 1) per latent value in nats."""
     with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
         posterior = vae.encode(target).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(target.device)
+        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32).to(target.device)
         decoded = vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample
     error = (decoded.float() - target).square().mean()
     kl = DiagonalGaussianDistribution(posterior.parameters.float()).kl().mean() / posterior.mean[0].numel()
