@@ -68,8 +68,10 @@ def _load_packaged(builder: str, files: list[Path], path: Path, cache_dir: str |
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
+        if datasets.__version__ < "5":
+            reason += f" (datasets {datasets.__version__}; from 5.0 on it reads more metadata files)"
         raise InputError(f"Cannot read the {builder} data in '{path}': {reason}") from error
     except OSError as error:
         where = cache_dir or datasets.config.HF_DATASETS_CACHE
