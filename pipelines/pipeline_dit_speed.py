@@ -231,7 +231,7 @@ class SpeeDDiTPipeline(DiTPipeline):
                 output[:, size[1] :] = -1.0
             latents = scheduler.step(output, step, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 answer = callback_on_step_end(self, index, step, tensors)
                 _check("what callback_on_step_end returns", answer, isinstance(answer, dict), "a dict of tensors")
                 latents = answer.pop("latents", latents)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from .config.schema import Options, default_of, option
+from .config.schema import Options, default_of, option, require_number
 from .errors import InputError
 from .process import ForwardProcess
 
@@ -137,13 +137,3 @@ def _given_tau(tau: float, num_train_timesteps: int) -> int:
             "all timesteps in (0, 1)."
         )
     return int(tau)
-
-
-def require_number(name: str, value: Any) -> None:
-    """Checks that a setting is a number.
-
-    Raises:
-        InputError: It is of another type; True and False are no numbers here.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{name}={value!r}: must be a number.")

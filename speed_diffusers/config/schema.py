@@ -49,9 +49,7 @@ class Interval:
         Raises:
             InputError: It is none, or lies outside the interval.
         """
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise InputError(f"{name}={value!r}: must be a number.")
-        if value not in self:
+        if require_number(name, value) not in self:
             raise InputError(f"{name}={value}: {self.rule}.")
 
     @property
@@ -66,6 +64,24 @@ class Interval:
     def _number(text: str) -> float:
         base, power, exponent = text.partition("^")
         return float(base) ** float(exponent) if power else float(base)
+
+
+def require_number(name: str, value: object) -> float:
+    """Checks that a value is a number; True and False are none here.
+
+    Args:
+        name: What the user knows the value by, for the message.
+        value: The value.
+
+    Returns:
+        The value.
+
+    Raises:
+        InputError: It is of another type.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{name}={value!r}: must be a number.")
+    return value
 
 
 def option(

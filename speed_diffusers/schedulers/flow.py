@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..tables import draw, draw_devices, weights
+from ..tables import draw, draw_devices
 from .mixin import SpeeDSchedulerMixin
 
 
@@ -76,23 +76,12 @@ class SpeeDFlowMixin(SpeeDSchedulerMixin):
             indices = draw(tables, batch_size, generator, source)
         return self._float_table("timesteps", source)[indices].to(target, non_blocking=True)
 
-    def loss_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor:
-        """The loss weight of each timestep of a batch, for the squared error of the velocity noise - x_0.
+    def timestep_indices(self, timesteps: Tensor) -> Tensor:
+        """Index in [0, T) of the training timestep nearest to each sigma T, int64, without host synchronisation.
 
         Args:
-            timesteps: Floating point, any shape: sigma T; between two training timesteps the nearer one counts.
-            progress: As for `sample_timesteps`.
-
-        Returns:
-            float32 of the same shape, on the same device.
-
-        Raises:
-            InputError: `progress` is needed and not given, or outside [0, 1].
+            timesteps: Floating point, any shape: sigma T.
         """
-        return weights(self.speed_strategy.tables(progress), self.timestep_indices(timesteps))
-
-    def timestep_indices(self, timesteps: Tensor) -> Tensor:
-        """Index in [0, T) of the training timestep nearest to each sigma T, int64, without host synchronisation."""
         return torch.searchsorted(self._float_table("middles", timesteps.device), timesteps.float().contiguous())
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class SpeeDSchedulerMixin:
         """The loss weight of each timestep of a batch, for the squared error of what the host's model predicts.
 
         Args:
-            timesteps: int64, any shape, in [0, T).
+            timesteps: Any shape, in the unit and dtype of `sample_timesteps`.
             progress: As for `sample_timesteps`.
 
         Returns:
@@ -144,7 +144,7 @@ class SpeeDSchedulerMixin:
         Raises:
             InputError: `progress` is needed and not given, or outside [0, 1].
         """
-        return weights(self.speed_strategy.tables(progress), timesteps)
+        return weights(self.speed_strategy.tables(progress), self.timestep_indices(timesteps))
 
     def importance_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor:
         """What undoes the density in the loss of each timestep of a batch, for terms that carry no loss weight.

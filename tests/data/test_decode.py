@@ -1,6 +1,5 @@
 """What an image file becomes: the crop of DiT, every colour mode right, damaged files named."""
 
-import io
 import struct
 import time
 import zlib
@@ -10,20 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from small_images import encoded, noise_image
 from speed_diffusers.data.decode import load_image
 from speed_diffusers.errors import InputError
-
-
-def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    """An RGB image of independent random values."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
-    """The bytes of the image's file."""
-    file = io.BytesIO()
-    image.save(file, fmt, **options)
-    return file.getvalue()
 
 
 def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from speed_diffusers import PRESETS, InputError, SpeeDDDIMScheduler, SpeeDDDPMScheduler, SpeeDSchedulerMixin
+from speed_diffusers.settings import SPEED_DEFAULTS
 
 HOSTS = [(SpeeDDDPMScheduler, DDPMScheduler), (SpeeDDDIMScheduler, DDIMScheduler)]
 PAPER = {
@@ -23,12 +24,6 @@ PAPER = {
     "speed_tau": None,
     "speed_r": 145.0,
     "speed_lambda": 0.6,
-}
-SPEED_DEFAULTS = PAPER | {
-    "speed_draw": "independent",
-    "speed_normalize_weights": False,
-    "speed_anneal_start": 1.0,
-    "speed_anneal_end": 1.0,
 }
 # None of these is a default, so that a conversion which loses a key shows.
 SCHEDULE = {
