@@ -1,44 +1,139 @@
 """Files: written whole or not at all, hashed, and checked before work begins."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
 
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}
+"""What a full, read-only or broken disk answers."""
+
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""What a file system answers that knows no fsync, of a folder mostly: FUSE, SMB."""
+
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def naming_disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Lets an error of the disk say what could not be written; any other exception passes unchanged.
+
+    Args:
+        path: What is being written.
+        num_bytes: What it needs, if that is known.
+
+    Raises:
+        OSError: The disk is full, read-only or broken; one line with the path and the bytes needed and free.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number not in _DISK_ERRORS:
+            raise
+        needed = "" if num_bytes is None else f"{num_bytes:,} bytes needed, "
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        text = f"Could not write {path}: {os.strerror(number)} ({needed}{shutil.disk_usage(folder).free:,} free)"
+        raise OSError(number, text) from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors passes the system's error on as text: "I/O error: No space left on device (os error 28)".
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder with all that is in it, or a link, never what a link points to; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or the entries of a folder are on the disk, as far as the file system knows how to.
+
+    Where it does not, a power cut may cost what was just written; a process that dies costs nothing.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows opens no folder
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """A temporary place for a file or folder that appears under its own name only when it is complete.
 
     Args:
         path: The file or folder to write or replace, in an existing folder.
+        num_bytes: What it needs, if that is known.
 
     Yields:
         The path to write to. It is renamed to `path` at the end, or removed if anything was raised.
+
+    Raises:
+        OSError: The disk is full, read-only or broken; see `naming_disk_errors`.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        yield temporary
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir() and temporary.is_dir():
-            # A folder cannot be renamed over a full one. A file is not renamed over a folder, which is no older self.
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with naming_disk_errors(path, num_bytes):
+            # A killed process can have had the same number: in a container every one has.
+            remove(temporary)
+            yield temporary
+            if path.is_symlink() or (path.is_dir() and temporary.is_dir()):
+                # A folder cannot be renamed over a full one. A file is not renamed over a folder: no older self of it.
+                remove(path)
+            temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(temporary)
+
+
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Removes what killed processes left of `written_whole`; only for who alone writes to the folder.
+
+    Args:
+        folder: Where they wrote; it need not exist.
+        names: Names of their files and folders, or patterns such as "*.json".
+    """
+    for leftover in list(folder.iterdir()) if folder.is_dir() else []:
+        stem, _, process = leftover.name.rpartition("-")
+        if process.isdigit() and any(fnmatchcase(stem, f".tmp-{name}") for name in names):
+            remove(leftover)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,22 +188,29 @@ def tensors_sha256(tensors: Mapping[str, Tensor], header: bytes = b"") -> str:
 
 
 def check_writable(name: str, folder: Path) -> None:
-    """Checks that a folder can be written to, or made.
+    """Checks that a folder can be written to, or made, by rehearsing all that a save does.
 
     Args:
         name: The option that names it, for the message.
         folder: The folder; it need not exist yet, and is not made.
 
     Raises:
-        InputError: It, or what it would be made in, is a file or cannot be written.
+        InputError: It, or what it would be made in, is a file, cannot be written, or refuses one of a save's steps.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise InputError(f"{name}={folder}: {existing} is a file.")
     try:
         # Asked by doing: permission bits do not tell what root, a read-only mount or a full quota allow.
-        with tempfile.TemporaryDirectory(prefix=".tmp-writable-", dir=existing):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".tmp-writable-", dir=existing) as place:
+            rehearsal = Path(place) / "folder"
+            rehearsal.mkdir()
+            for _ in range(2):  # a file is renamed over its older self, too
+                (rehearsal / "new").write_bytes(b"saved")
+                sync(rehearsal / "new")
+                (rehearsal / "new").replace(rehearsal / "file")
+            sync(rehearsal)
+            rehearsal.rename(Path(place) / "renamed")
     except OSError as error:
         raise InputError(f"{name}={folder}: {existing} is not writable ({error.strerror}).") from error
 

@@ -1,5 +1,6 @@
 """Files: whole or not at all, with everybody's usual rights, hashed whatever their order, and refused before work."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from speed_diffusers.errors import InputError
@@ -16,7 +18,10 @@ from speed_diffusers.files import (
     check_writable,
     file_sha256,
     give_usual_mode,
+    naming_disk_errors,
+    remove_unfinished,
     save_tensors,
+    sync,
     tensors_sha256,
     write_text,
     written_whole,
@@ -162,3 +167,59 @@ def test_an_output_file_that_cannot_be_one_is_told_in_one_line(tmp_path: Path) -
     with pytest.raises(InputError, match=r"^output_dir=/proc/none: /proc is not writable \("):
         check_writable("output_dir", Path("/proc/none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_knows_no_sync_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, "not supported")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    check_writable("output_dir", tmp_path)
+    sync(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename"])
+def test_a_disk_that_refuses_a_part_of_a_save_is_found_before_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(InputError, match=rf"^output_dir={tmp_path}: {tmp_path} is not writable \(Input/output error"):
+        check_writable("output_dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "x"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["Python's", "that of safetensors"],
+)
+def test_a_full_disk_names_the_path_and_the_bytes(tmp_path: Path, error: Exception) -> None:
+    message = rf"Could not write {tmp_path}/a/file: No space left on device \(1,234 bytes needed, [\d,]+ free\)$"
+    with pytest.raises(OSError, match=message) as caught, naming_disk_errors(tmp_path / "a" / "file", 1234):
+        raise error
+    assert caught.value.errno == errno.ENOSPC
+    for other in (OSError(errno.ECONNREFUSED, "a tracker's server"), SafetensorError("invalid header")):
+        with pytest.raises(type(other)) as passed, naming_disk_errors(tmp_path / "file"):
+            raise other
+        assert passed.value is other
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    leftovers = [".tmp-pipeline-123", ".tmp-samples.png-9"]
+    others = [".tmp-pipeline-mine", ".tmp-other-123", "pipeline-123"]
+    for name in leftovers + others:
+        make_folder(tmp_path / name, "half")
+    remove_unfinished(tmp_path, "pipeline", "*.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    # In a container the next process has the number of the killed one.
+    make_folder(tmp_path / f".tmp-pipeline-{os.getpid()}", "half")
+    with written_whole(tmp_path / "pipeline") as temporary:
+        make_folder(temporary, "new")
+    assert [path.name for path in (tmp_path / "pipeline").iterdir()] == ["inside.txt"]
+    assert content(tmp_path / "pipeline") == "new"

@@ -1,6 +1,9 @@
 """A training run in small, for the tests of checkpoints."""
 
+import contextlib
 import copy
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,14 @@ def saved_steps(folder: Path, *steps: int) -> Run:
         run.step = step
         run.save(folder)
     return run
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes beyond `size` bytes of a file fail as they do on a full disk; Python ignores the signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -74,8 +74,14 @@ def embedding_row_names(label_names: Sequence[str] | None) -> dict[int, str]:
 
 
 def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any]) -> None:
-    """Saves a pipeline whole or not at all, with a sidecar file that says how it was trained."""
-    with written_whole(folder) as temporary:
+    """Saves a pipeline whole or not at all, with a sidecar file that says how it was trained.
+
+    Raises:
+        OSError: The disk is full or not writable; with the path and the bytes.
+    """
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    num_bytes = sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+    with written_whole(folder, num_bytes) as temporary:
         pipeline.save_pretrained(temporary)
         (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
         forget_paths(temporary)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,12 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from ..error_bins import ErrorHistory
+from ..files import written_whole
 from ..process import Areas
 
 matplotlib.use("Agg")
 
 AREA_SHADES = ("0.97", "0.93", "0.88")
 """Greys of the acceleration, deceleration and convergence areas."""
+
+
+def save_png(figure: Figure, path: Path, **options: Any) -> None:
+    """Saves a figure as PNG, whole or not at all; options are those of `savefig`."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", **options)
 
 
 def mosaic(images: npt.NDArray[np.float32], columns: int, gap: int = 2) -> npt.NDArray[np.uint8]:
@@ -76,7 +84,7 @@ def save_class_grid(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.text(0.5, 1 - 0.25 / size[1], title, ha="center", va="center", fontsize=10)
-    figure.savefig(path, dpi=dpi)
+    save_png(figure, path, dpi=dpi)
 
 
 def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) -> None:
@@ -107,7 +115,7 @@ def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) 
         _plot_errors(by_timestep, moments.edges, moments.errors[index], f"to step {moments.steps[index]:,.0f}")
     _label_errors(by_timestep, areas)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    save_png(figure, path)
 
 
 def save_error_comparison(runs: Mapping[str, ErrorHistory], areas: Areas, title: str, path: Path) -> None:
@@ -126,7 +134,7 @@ def save_error_comparison(runs: Mapping[str, ErrorHistory], areas: Areas, title:
         _plot_errors(axes, last.edges, last.errors[-1], name)
     _label_errors(axes, areas)
     axes.set_title(title, fontsize=11, pad=18)
-    figure.savefig(path)
+    save_png(figure, path)
 
 
 def _plot_errors(axes: Axes, edges: Sequence[int], errors: npt.NDArray[np.float64], label: str) -> None:

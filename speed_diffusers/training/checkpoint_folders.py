@@ -5,15 +5,15 @@ Whatever moment a process dies at, each folder under such a name is complete, an
 
 import json
 import logging
-import os
+import math
 import re
-import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import file_sha256
+from ..files import file_sha256, remove, sync
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +40,34 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
             by its path or by its name in `output_dir`.
 
     Returns:
-        The folder, or None if "latest" finds no whole checkpoint.
+        The folder, or None if "latest" finds no checkpoint at all.
 
     Raises:
-        InputError: The named folder is missing or damaged.
+        InputError: The named folder is missing or damaged, or every checkpoint that "latest" finds is damaged.
     """
+    put_back_replaced(output_dir)
     if resume_from_checkpoint != "latest":
         folder = Path(resume_from_checkpoint)
+        put_back_replaced(folder.parent)
         if not folder.exists() and (output_dir / folder).exists():
             folder = output_dir / folder
         problem = _problem_of(folder)
         if problem:
             raise InputError(f"resume_from_checkpoint={resume_from_checkpoint}: {problem}")
         return folder
-    put_back_replaced(output_dir)
+    problems = []
     for folder in list_checkpoints(output_dir):
         problem = _problem_of(folder)
         if problem is None:
             return folder
         logger.warning("Passing over a damaged checkpoint: %s", problem)
+        problems.append(problem)
+    if problems:
+        # Beginning at step 0 would overwrite the metrics of a run that may still be rescued.
+        raise InputError(
+            f"resume_from_checkpoint=latest: every checkpoint in {output_dir} is damaged, the newest in this way: "
+            f"{problems[0]} Put a whole one back, or begin anew with overwrite_output_dir=true alone."
+        )
     return None
 
 
@@ -70,7 +79,7 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
     for folder in list_checkpoints(output_dir):
         if _step_of(folder) > step:
             target = folder.with_name(f"{folder.name}.abandoned")
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             folder.rename(target)
             logger.warning("Resuming from step %d: %s is now %s", step, folder.name, target.name)
 
@@ -85,8 +94,9 @@ def prune_checkpoints(output_dir: Path, total_limit: int | None, keep: int) -> N
         try:
             # Out of the way first: a deletion that is cut short must not leave half a checkpoint under a good name.
             doomed = folder.with_name(f"{TEMPORARY}old-{_step_of(folder)}")
+            remove(doomed)
             folder.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
         except OSError as error:
             logger.warning("Could not delete the old checkpoint %s: %s", folder, error)
 
@@ -96,15 +106,6 @@ def digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def replace_folder(source: Path, target: Path) -> None:
     """Renames a folder over another one and makes the rename durable."""
     if target.exists():
@@ -112,7 +113,7 @@ def replace_folder(source: Path, target: Path) -> None:
         aside = target.with_name(f"{_REPLACED}{target.name}")
         target.rename(aside)
         source.rename(target)
-        shutil.rmtree(aside)
+        remove(aside)
     else:
         source.rename(target)
     sync(target.parent)
@@ -120,11 +121,72 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def put_back_replaced(output_dir: Path) -> None:
     """Undoes a replacement that was killed between its two renames."""
-    for aside in output_dir.glob(f"{_REPLACED}*"):
+    for aside in _entries(output_dir, _REPLACED):
         target = aside.with_name(aside.name.removeprefix(_REPLACED))
-        if not target.exists():
+        if aside.is_dir() and not target.exists():
             with suppress(FileNotFoundError):  # another process of this run was first
                 aside.rename(target)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Undoes a replacement that was cut short, and removes what else killed saves left, whatever it is by now."""
+    put_back_replaced(output_dir)
+    for leftover in _entries(output_dir, TEMPORARY):
+        try:
+            remove(leftover)
+        except OSError as error:  # somebody else's
+            logger.warning("Could not delete %s: %s", leftover, error)
+
+
+def _entries(folder: Path, prefix: str) -> list[Path]:
+    """What a folder holds under names that begin so; nothing if there is no such folder."""
+    # Not by a pattern, which a link that points nowhere would not match in every version of Python.
+    return sorted(path for path in folder.iterdir() if path.name.startswith(prefix)) if folder.is_dir() else []
+
+
+def check_state(document: Any) -> None:
+    """Checks the JSON part of a checkpoint, which a hash alone says nothing of.
+
+    Raises:
+        ValueError: With what is wrong in words.
+    """
+    if not isinstance(document, dict):
+        raise ValueError("it is no object")
+    checks: dict[str, Callable[[Any], bool]] = {
+        "format_version": _is_count,
+        "step": _is_count,
+        "param_groups": lambda value: isinstance(value, list) and all(isinstance(group, dict) for group in value),
+        # What only a run's checkpoints hold.
+        "config": lambda value: isinstance(value, dict),
+        "global_batch": lambda value: _is_count(value) and value > 0,
+        "seconds": _is_number,
+        "log": _is_log,
+    }
+    for name, is_good in checks.items():
+        if name in document and not is_good(document[name]):
+            raise ValueError(f"its {name} is {str(document[name])[:50]}")
+    if missing := {"format_version", "step", "param_groups"} - document.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_log(value: Any) -> bool:
+    """Whether it is what `StepLog.state_dict` gives."""
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("steps"))
+        and _is_count(value.get("micro_steps"))
+        and _is_number(value.get("seconds"))
+        and isinstance(value.get("totals"), list)
+        and all(isinstance(row, list) and all(isinstance(one, float) for one in row) for row in value["totals"])
+    )
 
 
 def _problem_of(folder: Path) -> str | None:
@@ -139,8 +201,12 @@ def _problem_of(folder: Path) -> str | None:
                 return f"{path} is missing."
             if digest(path) != manifest[name]:
                 return f"{path} is damaged: it does not match the hash it was saved with."
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{folder / MANIFEST} is missing or damaged ({type(error).__name__})."
+    try:
+        check_state(json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{folder / STATE} is damaged: {error}."
     return None
 
 

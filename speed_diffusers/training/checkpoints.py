@@ -6,8 +6,8 @@ no generator or loader state in it: draws and data order are functions of the st
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import InputError
-from ..files import save_tensors
+from ..files import naming_disk_errors, remove, save_tensors, sync
 from .checkpoint_folders import (
     EMA,
     LEARNED,
@@ -33,10 +33,10 @@ from .checkpoint_folders import (
     OPTIMIZER,
     STATE,
     TEMPORARY,
+    check_state,
     digest,
-    put_back_replaced,
+    remove_leftovers,
     replace_folder,
-    sync,
 )
 from .ema import ExponentialMovingAverage
 
@@ -83,7 +83,8 @@ def save_checkpoint(
         The folder of the checkpoint.
 
     Raises:
-        OSError: The disk is full or not writable; checkpoints that were there are untouched.
+        OSError: The disk is full or not writable, with the path and the bytes; checkpoints that were there are
+            untouched.
     """
     weights = cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
     moments: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -94,36 +95,29 @@ def save_checkpoint(
     target = output_dir / f"checkpoint-{step}"
     if not is_main_process:
         return target
-    put_back_replaced(output_dir)
-    for leftover in output_dir.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+    files = {MODEL: weights, EMA: averages, OPTIMIZER: _flat_moments(moments["state"])}
+    if learned is not None:
+        files[LEARNED] = dict(learned)
+    document = {"format_version": FORMAT_VERSION, "step": step, "param_groups": moments["param_groups"], **state}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
     temporary = output_dir / f"{TEMPORARY}{step}"
-    temporary.mkdir(parents=True)
+    num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     try:
-        save_tensors(weights, temporary / MODEL)
-        save_tensors(averages, temporary / EMA)
-        save_tensors(_flat_moments(moments["state"]), temporary / OPTIMIZER)
-        document = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "param_groups": moments["param_groups"],
-            **state,
-        }
-        (temporary / STATE).write_text(json.dumps(document, indent=1))
-        names = [MODEL, EMA, OPTIMIZER, STATE]
-        if learned is not None:
-            save_tensors(learned, temporary / LEARNED)
-            names.append(LEARNED)
-        manifest = {name: digest(temporary / name) for name in names}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*names, MANIFEST):
-            sync(temporary / name)
-        sync(temporary)
-        replace_folder(temporary, target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"Could not write {target}: {error}") from error
+        with naming_disk_errors(target, num_bytes):
+            temporary.mkdir()
+            for name, tensors in files.items():
+                save_tensors(tensors, temporary / name)
+            (temporary / STATE).write_text(json.dumps(document, indent=1))
+            manifest = {name: digest(temporary / name) for name in (*files, STATE)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for name in (*manifest, MANIFEST):
+                sync(temporary / name)
+            sync(temporary)
+            replace_folder(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            remove(temporary)
         raise
     return target
 
@@ -143,21 +137,28 @@ def load_checkpoint(
         folder: From `find_checkpoint`.
         model: The model without its data-parallel wrapper.
         ema: Its EMA weights.
-        optimizer: The optimizer itself, not accelerate's wrapper.
+        optimizer: AdamW itself, not accelerate's wrapper.
 
     Raises:
-        InputError: The checkpoint is of another model.
+        InputError: The checkpoint is of another model, or lacks a tensor; nothing has been changed.
     """
     document = read_state(folder)
     groups = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
-    try:
-        weights = cast(dict[str, Any], load_file(folder / MODEL))
-        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
-        ema.load_state_dict(load_file(folder / EMA))
-    except (RuntimeError, KeyError) as error:
-        raise InputError(f"{folder} is a checkpoint of another model: {str(error).splitlines()[0]}") from error
+    weights, averages, flat = (_load_tensors(folder / name) for name in (MODEL, EMA, OPTIMIZER))
+    current = cast(dict[str, Tensor], get_model_state_dict(model))
+    fixed = {name for name, _ in model.named_buffers()}
+    fixed |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    # torch leaves as it is what a file lacks, and initial values would pass for trained ones.
+    _check_tensors(folder / MODEL, weights, current)
+    _check_tensors(folder / EMA, averages, ema.state_dict())
+    if document["step"] > 0 or flat:
+        trained = {name: value for name, value in current.items() if name not in fixed}
+        expected = {f"{key}/{name}": value for name, value in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+        _check_tensors(folder / OPTIMIZER, flat, expected | {f"step/{name}": torch.zeros(()) for name in trained})
+    set_model_state_dict(model, cast(dict[str, Any], weights), options=StateDictOptions(full_state_dict=True))
+    ema.load_state_dict(averages)
     moments: dict[str, Any] = {}
-    for name, value in load_file(folder / OPTIMIZER).items():
+    for name, value in flat.items():
         key, parameter = name.split("/", maxsplit=1)
         moments.setdefault(parameter, {})[key] = value
     if not moments:
@@ -174,18 +175,51 @@ def load_checkpoint(
         group.update(values)
 
 
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Checks that a file holds the tensors of a model, no more and no less, of their shapes and dtypes."""
+    for name in {**expected, **found}:
+        if name not in found:
+            problem = f"it lacks {name}"
+        elif name not in expected:
+            problem = f"it has {name}, which the model has not"
+        elif (is_it := _kind(found[name])) != (needed := _kind(expected[name])):
+            problem = f"{name} is {is_it}, the model's {needed}"
+        else:
+            continue
+        raise InputError(f"{path} is damaged, or of another model: {problem}.")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def load_learned(folder: Path) -> dict[str, Tensor]:
-    """What the density over timesteps had learned; empty where the checkpoint holds nothing of it."""
-    return load_file(folder / LEARNED) if (folder / LEARNED).is_file() else {}
+    """What the density over timesteps had learned; empty where the checkpoint holds nothing of it.
+
+    Raises:
+        InputError: The file is no safetensors file.
+    """
+    return _load_tensors(folder / LEARNED) if (folder / LEARNED).is_file() else {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        InputError: Its format is newer than this code.
+        InputError: It is damaged, or its format is newer than this code.
     """
-    document: dict[str, Any] = json.loads((folder / STATE).read_text())
+    try:
+        document: dict[str, Any] = json.loads((folder / STATE).read_text())
+        check_state(document)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / STATE} is damaged: {error}.") from error
     if document["format_version"] > FORMAT_VERSION:
         raise InputError(f"{folder} has checkpoint format {document['format_version']}; this version reads up to 1.")
     return document

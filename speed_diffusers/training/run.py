@@ -1,5 +1,6 @@
 """A run: what it is made from, and everything that its steps work with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batch_sampler import BatchLayout
 from ..data.images import ImageSource
+from ..files import naming_disk_errors
 from ..models import TrainableDiT
 from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from ..variance import LearnedVariance
@@ -20,6 +22,7 @@ from .config import TrainConfig
 from .ema import ExponentialMovingAverage
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
+from .run_folder import LOGGING_FOLDER
 
 TrainingScheduler = SpeeDDDPMScheduler | SpeeDFlowMatchEulerDiscreteScheduler
 """What a run is trained with."""
@@ -63,6 +66,8 @@ class TrainingRun:
     first_step: int
     seconds: float
     """Spent in training steps so far, over all starts of the run."""
+    log: Mapping[str, Any] | None
+    """What `StepLog` had not reported yet when the run was saved; None for a new run, and one of version 0.1."""
     identity: dict[str, str]
     """What a checkpoint must find unchanged besides the options, and is saved with."""
     lock: FileLock | None
@@ -84,6 +89,9 @@ class TrainingRun:
 
     def close(self) -> None:
         """Ends the trackers and lets go of the run's folder."""
-        self.accelerator.end_training()
-        if self.lock is not None:
-            self.lock.release()
+        try:
+            with naming_disk_errors(self.output_dir / LOGGING_FOLDER):
+                self.accelerator.end_training()
+        finally:
+            if self.lock is not None:
+                self.lock.release()

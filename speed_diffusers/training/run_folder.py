@@ -1,7 +1,8 @@
 """The folder of a run: what it may be, whether a run may be resumed in it, and what is put there first."""
 
+import errno
 import json
-import shutil
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,10 +12,19 @@ from filelock import FileLock, Timeout
 
 from ..config.load import config_dict, load_config, save_config
 from ..errors import InputError
-from ..files import check_writable, write_text
-from .checkpoint_folders import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
+from ..files import check_writable, remove, remove_unfinished, write_text
+from .checkpoint_folders import (
+    STATE,
+    find_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    remove_leftovers,
+    set_aside_later_checkpoints,
+)
 from .checkpoints import read_state
 from .config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 LABEL_NAMES_FILE = "label_names.json"
@@ -26,6 +36,9 @@ LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
 LOGGING_FOLDER = "logs"
 SCORES_FOLDER = "scores"
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+"""What a file system answers that grants no locks: NFS without its daemon, some FUSE and SMB."""
 
 
 def is_run(folder: Path) -> bool:
@@ -62,7 +75,8 @@ def check_output_dir(config: TrainConfig) -> Path | None:
         The checkpoint to resume from, or None to begin at step 0.
 
     Raises:
-        InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good.
+        InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good, or has
+            taken more steps than this run is to have.
     """
     folder = Path(config.output_dir)
     check_writable("output_dir", folder)
@@ -75,6 +89,17 @@ def check_output_dir(config: TrainConfig) -> Path | None:
             f"output_dir={folder} holds a run already: resume it with resume_from_checkpoint=latest, take another "
             "output_dir, or delete that run with overwrite_output_dir=true."
         )
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        if missing := {"config", "global_batch"} - state.keys():
+            raise InputError(
+                f"{checkpoint / STATE} lacks {', '.join(sorted(missing))}: no checkpoint of this trainer."
+            )
+        if state["step"] > config.max_train_steps:
+            raise InputError(
+                f"max_train_steps={config.max_train_steps}: {checkpoint} has taken {state['step']} steps already; "
+                f"allowed: at least {state['step']}, or an earlier checkpoint as resume_from_checkpoint."
+            )
     return checkpoint
 
 
@@ -98,7 +123,7 @@ def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[st
         for name, value in config_dict(config).items()
         if name not in free and before[name] != value
     ]
-    changes += [name.replace("_", " ") for name, value in current.items() if state[name] != value]
+    changes += [name.replace("_", " ") for name, value in current.items() if state.get(name) != value]
     if changes and not config.allow_config_changes:
         raise InputError(
             f"{checkpoint} was made with other options ({'; '.join(changes)}); set them back, or resume all the same "
@@ -119,7 +144,7 @@ def repeatable(config: TrainConfig, accumulation: int) -> TrainConfig:
 
 def open_output_dir(
     config: TrainConfig, accumulation: int, checkpoint: Path | None, label_names: Sequence[str] | None
-) -> FileLock:
+) -> FileLock | None:
     """Makes the folder, locks it for this run, and saves the resolved configuration in it; main process only.
 
     Args:
@@ -129,32 +154,52 @@ def open_output_dir(
         label_names: Name of each class id, kept in the folder, so that whoever samples needs no data; None for a run
             without classes.
 
+    Returns:
+        The lock; None, with a warning, where the file system grants none.
+
     Raises:
         InputError: Another process writes to the folder.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"output_dir={folder} is being written by another process.") from error
+    lock = _locked(folder)
+    remove_leftovers(folder)
+    remove_unfinished(folder, PIPELINE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE)
+    remove_unfinished(folder / VALIDATION_FOLDER, "*.png")
+    remove_unfinished(folder / SCORES_FOLDER, "*.json")
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if config.overwrite_output_dir and not goes_on:
         _delete_run(folder)
     if checkpoint is not None:
-        set_aside_later_checkpoints(folder, read_state(checkpoint)["step"])
+        step = read_state(checkpoint)["step"]
+        set_aside_later_checkpoints(folder, step)
+        # A run that was killed between its last save and this would keep one too many for good.
+        prune_checkpoints(folder, config.checkpoints_total_limit, keep=step)
     # Before the configuration, which makes the folder a run.
     write_text(folder / LABEL_NAMES_FILE, json.dumps(label_names, ensure_ascii=False, indent=1))
     save_config(repeatable(config, accumulation), folder / CONFIG_FILE)
     return lock
 
 
+def _locked(folder: Path) -> FileLock | None:
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"output_dir={folder} is being written by another process.") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("output_dir=%s: no locks there (%s); see to it that no other run writes to it.", folder, error)
+        return None
+    return lock
+
+
 def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in its folder."""
     for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER, SCORES_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove(folder / name)
     for checkpoint in list_checkpoints(folder):
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
     for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, LABEL_NAMES_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

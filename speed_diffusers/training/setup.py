@@ -1,6 +1,7 @@
 """What the training script needs before its loop: every check, then every part, then the folder of the run."""
 
 import logging
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,11 +99,11 @@ def start_run(inputs: Inputs) -> TrainingRun:
     )
     decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
     ema = ExponentialMovingAverage(core, decay)
-    first_step, seconds = 0, 0.0
+    first_step, seconds, log = 0, 0.0, None
     if inputs.checkpoint is not None:
         load_checkpoint(inputs.checkpoint, model=core, ema=ema, optimizer=optimizer.optimizer)
         state = read_state(inputs.checkpoint)
-        first_step, seconds = state["step"], state.get("seconds", 0.0)
+        first_step, seconds, log = state["step"], state.get("seconds", 0.0), state.get("log")
         set_learning_rate(lr_scheduler, first_step)
     scheduler = inputs.scheduler
     feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
@@ -130,6 +131,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         loader=make_loader(inputs, dataset, first_step),
         first_step=first_step,
         seconds=seconds,
+        log=log,
         identity=inputs.identity,
         lock=lock,
     )
@@ -151,12 +153,16 @@ def make_loader(
         ),
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
-        # A forked worker of a process with threads can deadlock.
-        multiprocessing_context="forkserver" if config.dataloader_num_workers else None,
+        multiprocessing_context=worker_context() if config.dataloader_num_workers else None,
         pin_memory=inputs.accelerator.device.type == "cuda",
         # Its own generator: an iterator would otherwise take its workers' seed from torch's global one.
         generator=torch.Generator(),
     )
+
+
+def worker_context() -> str:
+    """How workers are started: a forked worker of a process with threads can deadlock; Windows only spawns."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:

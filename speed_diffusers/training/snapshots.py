@@ -231,5 +231,5 @@ def _problem_of(checkpoint: Path, name: str) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         return None if digest(checkpoint / name) == manifest[name] else f"{checkpoint / name} does not match its hash."
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{checkpoint}: {type(error).__name__}: {error}"

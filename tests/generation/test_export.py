@@ -15,7 +15,7 @@ from speed_diffusers import SpeeDDDIMScheduler, SpeeDDDPMScheduler
 from speed_diffusers.generation.export import SIDECAR, embedding_row_names, inference_pipeline, save_pipeline
 from speed_diffusers.models import TrainableDiT, build_dit, export_transformer
 from speed_diffusers.training.ema import ExponentialMovingAverage
-from tiny_run import DIT
+from tiny_run import DIT, file_size_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["shirt", "trouser", "pullover", "dress", "coat", "sandal", "blouse, top", "sneaker", "bag", "boot"]
@@ -211,3 +211,12 @@ def test_failed_saving_leaves_the_old_pipeline_and_no_part_of_the_new(vae: Autoe
         save_pipeline(pipeline_of(vae), folder, {"run": object()})
     assert json.loads((folder / SIDECAR).read_text()) == {"run": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_a_full_disk_names_the_pipeline_and_its_bytes(vae: AutoencoderKL, tmp_path: Path) -> None:
+    with (
+        file_size_limit(20_000),
+        pytest.raises(OSError, match=r"write .*/pipeline: .*\([\d,]+ bytes needed, [\d,]+ fr"),
+    ):
+        save_pipeline(pipeline_of(vae), tmp_path / "pipeline", {})
+    assert not list(tmp_path.iterdir())

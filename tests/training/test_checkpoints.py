@@ -105,7 +105,7 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [nn.Linear(8, 9), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8, bias=False)])
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path, other: nn.Module) -> None:
     folder = saved_steps(tmp_path, 1).save(tmp_path)
-    with pytest.raises(InputError, match="is a checkpoint of another model: ") as error:
+    with pytest.raises(InputError, match="is damaged, or of another model: ") as error:
         Run(model=other).load(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 

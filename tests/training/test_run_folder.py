@@ -1,0 +1,46 @@
+"""The folder of a run before its first step: what file systems refuse, and what killed starts left."""
+
+import errno
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.run_folder import open_output_dir
+from speed_diffusers.training.setup import worker_context
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_named_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert open_output_dir(TrainConfig(output_dir=str(tmp_path)), 1, None, None) is None
+    assert f"output_dir={tmp_path}: no locks there" in caplog.text
+    monkeypatch.undo()
+    with pytest.raises(PermissionError):
+        monkeypatch.setattr(FileLock, "acquire", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+        open_output_dir(TrainConfig(output_dir=str(tmp_path)), 1, None, None)
+
+
+def test_what_a_killed_start_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".tmp-pipeline-1", ".tmp-checkpoint-5", "validation/.tmp-step-0000005.png-1", "mine/.tmp-pipeline-1"):
+        (tmp_path / name).mkdir(parents=True)
+    lock = open_output_dir(TrainConfig(output_dir=str(tmp_path)), 1, None, None)
+    assert lock is not None
+    lock.release()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".tmp-*"))
+    assert left == ["mine/.tmp-pipeline-1"]
+
+
+def test_workers_start_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker_context() == "forkserver"
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert worker_context() == "spawn"
