@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def run_folder(options: list[str]) -> Path:
@@ -39,3 +40,14 @@ def assert_same_run(first: Path, second: Path, step: int) -> None:
     """The same checkpoint at the end, and the same losses all along."""
     assert_same_checkpoint(first, second, step)
     assert metrics(first) == metrics(second)
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every curve that TensorBoard would show, without times; empty without the tracker."""
+    found = {}
+    for logs in (folder / "logs").glob("*"):
+        events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag not in ("images_per_second", "seconds"):
+                found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found

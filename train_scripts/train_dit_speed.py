@@ -32,6 +32,7 @@ from speed_diffusers.training.setup import check_inputs, start_run
 from speed_diffusers.training.step import training_steps
 from speed_diffusers.training.step_log import StepLog
 from speed_diffusers.training.stop_request import StopRequest
+from speed_diffusers.training.tracking import tracker_options
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         inputs.accelerator.print(f"\n{describe_costs(inputs)}")
         return
     run = start_run(inputs)
-    run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
+    run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config), tracker_options(run.first_step))
     try:
         with StopRequest() as stop:
             stopped_by = train(run, stop)
@@ -77,7 +78,7 @@ def train(run: TrainingRun, stop: StopRequest) -> int | None:
             is_due = config.checkpointing_steps and step.done % config.checkpointing_steps == 0
             if stopped_by or step.is_last or is_due:
                 log.stop_if_not_finite()
-                save_state(run, step.done)
+                save_state(run, step.done, log.state_dict())
             if stopped_by:
                 log.close(f"Stopped at step {step.done}; resume with resume_from_checkpoint=latest.")
                 return stopped_by

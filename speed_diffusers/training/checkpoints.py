@@ -137,24 +137,21 @@ def load_checkpoint(
         folder: From `find_checkpoint`.
         model: The model without its data-parallel wrapper.
         ema: Its EMA weights.
-        optimizer: AdamW itself, not accelerate's wrapper.
+        optimizer: The optimizer itself, not accelerate's wrapper.
 
     Raises:
-        InputError: The checkpoint is of another model, or lacks a tensor; nothing has been changed.
+        InputError: The checkpoint is of another model, or lacks a tensor; nothing of it has been loaded.
     """
     document = read_state(folder)
     groups = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
     weights, averages, flat = (_load_tensors(folder / name) for name in (MODEL, EMA, OPTIMIZER))
     current = cast(dict[str, Tensor], get_model_state_dict(model))
-    fixed = {name for name, _ in model.named_buffers()}
-    fixed |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     # torch leaves as it is what a file lacks, and initial values would pass for trained ones.
     _check_tensors(folder / MODEL, weights, current)
     _check_tensors(folder / EMA, averages, ema.state_dict())
     if document["step"] > 0 or flat:
-        trained = {name: value for name, value in current.items() if name not in fixed}
-        expected = {f"{key}/{name}": value for name, value in trained.items() for key in ("exp_avg", "exp_avg_sq")}
-        _check_tensors(folder / OPTIMIZER, flat, expected | {f"step/{name}": torch.zeros(()) for name in trained})
+        fresh = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))
+        _check_tensors(folder / OPTIMIZER, flat, _flat_moments(fresh["state"]))
     set_model_state_dict(model, cast(dict[str, Any], weights), options=StateDictOptions(full_state_dict=True))
     ema.load_state_dict(averages)
     moments: dict[str, Any] = {}

@@ -1,7 +1,10 @@
 """Stops an optimizer at the first non-finite gradient without asking the device in every step."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteGuard:
@@ -30,3 +33,21 @@ class NonFiniteGuard:
     def failed_step(self) -> int | None:
         """The step whose gradients were not finite, or None. Waits for the device."""
         return int(self._step.item()) if self._found.item() else None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors, or of this process's shards of them, that hold a NaN or an infinity.
+
+    Reads each value once, where it is, and waits for the device once.
+
+    Args:
+        tensors: Names to tensors of one device, of any floating-point dtypes.
+    """
+    local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    local = {name: value for name, value in local.items() if value.numel()}
+    if not local:
+        return []
+    # The largest absolute value; a NaN comes through.
+    norms = torch._foreach_norm([value.detach() for value in local.values()], float("inf"))
+    is_finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
+    return [name for name, good in zip(local, is_finite, strict=True) if not good]

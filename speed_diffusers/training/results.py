@@ -1,16 +1,19 @@
 """What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline
+from torch import Tensor
 
 from ..assets import EMBEDDED
 from ..config.load import config_dict
 from ..error_bins import ErrorHistory
 from ..errors import InputError
+from ..files import naming_disk_errors
 from ..generation.export import add_to_sidecar, embedding_row_names, inference_pipeline, save_pipeline
 from ..generation.generate import GenerationSettings, choose_classes, class_samples
 from ..metrics import load_extractor, load_reference
@@ -25,10 +28,12 @@ from ..version import __version__
 from .checkpoint_folders import prune_checkpoints
 from .checkpoints import full_tensors, save_checkpoint
 from .config import TrainConfig
+from .guard import not_finite
 from .profiling import labelled
 from .run import Inputs, TrainingRun
 from .run_folder import (
     ERRORS_FILE,
+    LOGGING_FOLDER,
     METRICS_FILE,
     PIPELINE_FOLDER,
     SAMPLES_FILE,
@@ -92,8 +97,24 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
 
 
 @labelled("checkpoint")
-def save_state(run: TrainingRun, step: int) -> None:
-    """Saves a checkpoint, then deletes those beyond the limit."""
+def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None) -> None:
+    """Saves a checkpoint, then deletes those beyond the limit.
+
+    Args:
+        run: The run; every process must call this.
+        step: Optimizer steps done.
+        log: `StepLog.state_dict()`; without it the first line of a resumed run knows only the steps since.
+
+    Raises:
+        FloatingPointError: Parameters, EMA weights or moments are not finite; nothing has been written.
+    """
+    moments = {
+        f"moments {index}/{name}": value
+        for index, values in enumerate(run.optimizer.optimizer.state.values())
+        for name, value in values.items()
+        if name != "step"
+    }
+    check_finite(run, step, {**dict(run.core.named_parameters()), **ema_tensors(run), **moments})
     save_checkpoint(
         run.output_dir,
         step=step,
@@ -104,6 +125,7 @@ def save_state(run: TrainingRun, step: int) -> None:
             "config": config_dict(run.config),
             "global_batch": run.layout.global_batch,
             "seconds": run.seconds,
+            **({} if log is None else {"log": dict(log)}),
             **run.identity,
             "version": __version__,
         },
@@ -113,6 +135,26 @@ def save_state(run: TrainingRun, step: int) -> None:
     if run.accelerator.is_main_process:
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
     run.accelerator.wait_for_everyone()
+
+
+def check_finite(run: TrainingRun, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Checks that what is about to be saved is finite, on all processes; every one must call it.
+
+    Raises:
+        FloatingPointError: It is not; with the step and the first name.
+    """
+    names = not_finite(tensors)
+    if int(run.summed(torch.tensor(len(names), device=run.accelerator.device))):
+        where = f"{names[0]}, {len(names)} of {len(tensors)} tensors" if names else "on another rank"
+        raise FloatingPointError(
+            f"What was trained is not finite after step {step} ({where}); nothing of it was saved. Resume from the "
+            "last checkpoint with a lower learning_rate or max_grad_norm=1."
+        )
+
+
+def ema_tensors(run: TrainingRun) -> dict[str, Tensor]:
+    """The EMA weights by names that tell them from the parameters."""
+    return {f"EMA of {name}": value for name, value in run.ema.state_dict().items()}
 
 
 @labelled("validation")
@@ -127,8 +169,14 @@ def save_validation_grid(run: TrainingRun, step: int) -> None:
 
 
 def save_results(run: TrainingRun) -> None:
-    """Exports the EMA weights as a plain pipeline and generates `samples.png` with it."""
+    """Exports the EMA weights as a plain pipeline and generates `samples.png` with it.
+
+    Raises:
+        FloatingPointError: The EMA weights are not finite; nothing has been written.
+        OSError: The disk is full or not writable; with the path and the bytes.
+    """
     began = time.perf_counter()
+    check_finite(run, run.config.max_train_steps, ema_tensors(run))
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         settings = config_dict(repeatable(run.config, run.layout.accumulation))
@@ -182,7 +230,8 @@ def save_final_score(run: TrainingRun, pipeline: DiTPipeline) -> None:
     save_score(score, run.output_dir / SCORES_FOLDER, step=step, images_seen=images_seen, seconds=run.seconds)
     add_to_sidecar(run.output_dir / PIPELINE_FOLDER, {"score": score.to_dict()})
     numbers = {name: value for name, value in score.values.items() if value is not None}
-    run.accelerator.log({f"score/{name}": value for name, value in numbers.items()}, step=step)
+    with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
+        run.accelerator.log({f"score/{name}": value for name, value in numbers.items()}, step=step)
     words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
     print(f"Score: {words} ({score.protocol.in_words()}).")
 
@@ -218,4 +267,5 @@ def save_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, s
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             sheet = mosaic(images, config.num_validation_images)
-            tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")
+            with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
+                tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")

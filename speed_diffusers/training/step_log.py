@@ -2,16 +2,19 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
+from ..files import naming_disk_errors
 from .profiling import labelled
 from .run import TrainingRun
-from .run_folder import METRICS_FILE
+from .run_folder import LOGGING_FOLDER, METRICS_FILE
 from .step import TrainedStep
 from .tracking import MetricsFile
 
@@ -38,6 +41,8 @@ class StepLog:
         self.bins = ErrorBins(run.config.num_train_timesteps, device)
         self._marked = time.perf_counter()
         self._start_again()
+        if run.log is not None:
+            self._load_state_dict(run.log)
 
     def _start_again(self) -> None:
         self.sums.zero_()
@@ -45,6 +50,39 @@ class StepLog:
         self.micro_steps = 0
         self.steps = 0
         self._seconds_then = self.run.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know of the steps since the last line; every process must call it.
+
+        JSON values: one row of "totals" for each process.
+        """
+        totals = self.run.accelerator.gather(self._totals()[None])
+        return {
+            "steps": self.steps,
+            "micro_steps": self.micro_steps * self.run.accelerator.num_processes,
+            "seconds": self._seconds_then,
+            "totals": totals.tolist(),
+        }
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        run, mine = self.run, self._totals()
+        rows = torch.tensor(state["totals"], device=mine.device)
+        if rows.shape[1:] != mine.shape or not state["steps"]:
+            return  # of other bins (allow_config_changes), or nothing to add to
+        if len(rows) == run.accelerator.num_processes:
+            mine = rows[run.accelerator.process_index]
+        elif run.accelerator.is_main_process:
+            mine = rows.sum(0)
+        self.steps = state["steps"]
+        self.micro_steps = self.steps * run.layout.accumulation
+        self._seconds_then = state["seconds"]
+        # Means of batches, of which a step may have more or fewer now.
+        batches = self.micro_steps * run.accelerator.num_processes
+        self.sums.copy_(mine[: len(self.sums)] * (batches / state["micro_steps"]))
+        self.bins.totals.copy_(mine[len(self.sums) :].view_as(self.bins.totals))
+
+    def _totals(self) -> Tensor:
+        return torch.cat((self.sums, self.bins.totals.flatten()))
 
     def _mark(self) -> None:
         """Counts the time since the last mark as training."""
@@ -91,7 +129,8 @@ class StepLog:
             self.metrics.write({"step": done, **values, ERRORS_KEY: errors, SAMPLES_KEY: counts})
         spans = zip(self.bins.edges[:-1], self.bins.edges[1:], errors, strict=True)
         named = {f"{ERRORS_KEY}/{first:04d}-{end - 1:04d}": mean for first, end, mean in spans if mean is not None}
-        run.accelerator.log(values | named, step=done)
+        with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
+            run.accelerator.log(values | named, step=done)
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._start_again()
 

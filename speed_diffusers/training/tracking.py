@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` always, and accelerate's trackers by name."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..errors import InputError, unknown_name
-from ..files import write_text
+from ..files import naming_disk_errors, write_text
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Trackers whose package on the index has another name than the tracker."""
@@ -29,13 +32,21 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"report_to={name}: not installed; run: pip install {_PACKAGES.get(name, name)}")
 
 
+def tracker_options(first_step: int) -> dict[str, dict[str, Any]]:
+    """What trackers need to know of a run's first step, by the tracker's name.
+
+    TensorBoard is told to forget the steps that a killed start had logged and this one takes again.
+    """
+    return {"tensorboard": {"purge_step": first_step + 1}}
+
+
 class MetricsFile:
     """A JSON object per line, appended to and flushed at once.
 
     Args:
         path: File to write.
         first_step: Step from which the run resumes: lines of later steps, written before a crash, are dropped, and so
-            is a last line that was cut short.
+            are lines that cannot be read.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -46,12 +57,14 @@ class MetricsFile:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends one line; values are what JSON takes."""
-        with self._path.open("a") as file:
+        with naming_disk_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(dict(values)) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`, without a last one that was cut short.
+
+    Any other line that is no record with a step is left out with a warning that gives its number.
 
     Raises:
         InputError: There is no such file.
@@ -59,9 +72,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; a run writes it while it trains.")
     records = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif number < len(lines):  # behind the last newline stands nothing, or what a killed process was writing
+            logger.warning("%s, line %d: no record of a step; it is left out.", path, number)
     return records

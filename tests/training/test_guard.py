@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speed_diffusers.training.guard import NonFiniteGuard
+from speed_diffusers.training.guard import NonFiniteGuard, not_finite
 from speed_diffusers.training.profiling import OperationCounter
 
 
@@ -92,3 +92,12 @@ def test_observing_never_waits_for_the_device() -> None:
     with OperationCounter() as counter:
         assert run.guard.failed_step() == 2
     assert counter.scalar_reads == 2, "reading it is what waits"
+
+
+def test_what_is_not_finite_is_named_with_one_wait_for_the_device() -> None:
+    good = {"a": torch.full((3,), 3e38), "empty": torch.zeros(0, 4), "half": torch.ones(2, dtype=torch.bfloat16)}
+    bad = {"nan": torch.tensor([[1.0, float("nan")]]), "inf": torch.tensor([float("-inf"), 1.0])}
+    assert not_finite(good) == [] == not_finite({})
+    with OperationCounter() as counter:
+        assert not_finite({**good, **bad}) == ["nan", "inf"]
+    assert counter.host_waits.total() <= 1

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from run_outputs import assert_same_checkpoint, assert_same_run, final_tensors, metrics, run_folder
+from run_outputs import (
+    assert_same_checkpoint,
+    assert_same_run,
+    final_tensors,
+    metrics,
+    run_folder,
+    tensorboard_scalars,
+)
 from speed_diffusers.data.batch_sampler import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
 from speed_diffusers.metrics.score_record import load_score
@@ -22,27 +29,23 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
+        ["logging_steps=4", "report_to=tensorboard"],
         ["gradient_accumulation_steps=2", "random_flip=true", "lr_scheduler=linear"],
         ["cache_latents=false", "random_flip=true", "dataloader_num_workers=2", "speed_sampling=uniform"],
     ],
-    ids=["plain", "accumulation and flips", "images from workers"],
+    ids=["log lines across the stop", "accumulation and flips", "images from workers"],
 )
-def test_resume_in_the_middle_is_exact(
-    tiny_options: list[str], tmp_path: Path, extra: list[str], fresh_accelerate: Callable[[], None]
-) -> None:
-    main(tiny_options + extra)
-    whole = run_folder(tiny_options)
-    broken = tmp_path / "broken"
-    shutil.copytree(whole, broken)
+def test_resume_in_the_middle_is_exact(train: Callable[..., Path], tmp_path: Path, extra: list[str]) -> None:
+    whole = train(tmp_path / "whole", *extra)
+    broken = shutil.copytree(whole, tmp_path / "broken")
     for checkpoint in ("checkpoint-10", "checkpoint-12"):
         shutil.rmtree(broken / checkpoint)
     shutil.rmtree(broken / "pipeline")
-    _fresh = [option for option in tiny_options if not option.startswith("output_dir=")]
-    fresh_accelerate()
-    main([*_fresh, *extra, f"output_dir={broken}", "resume_from_checkpoint=latest"])
+    train(broken, *extra, "resume_from_checkpoint=latest")
     assert_same_run(whole, broken, 12)
     assert (broken / "pipeline" / "model_index.json").exists()
+    # The broken run had logged up to step 12 before it went back to step 5.
+    assert tensorboard_scalars(broken) == tensorboard_scalars(whole)
 
 
 def digest(folder: Path, step: int) -> str:
@@ -114,6 +117,10 @@ def test_resume_refuses_changed_options_with_the_difference(
     main([option for option in options if not option.startswith("max_train_steps")] + changed)
     (group,) = read_state(run_folder(tiny_options) / "checkpoint-14")["param_groups"]
     assert (group["weight_decay"], group["betas"]) == (0.25, [0.5, 0.999])
+    fresh_accelerate()
+    options = [option for option in options if not option.startswith("max_train_steps")]
+    with pytest.raises(InputError, match="max_train_steps=9: .*checkpoint-14 has taken 14 steps already; allowed: at"):
+        main([*options, "allow_config_changes=true", "max_train_steps=9"])
 
 
 def test_data_that_has_moved_is_still_the_same(

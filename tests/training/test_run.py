@@ -170,3 +170,14 @@ def test_gradients_that_are_not_finite_stop_the_run_before_they_are_applied(tiny
     with pytest.raises(FloatingPointError, match=r"The gradients of step \d are not finite"):
         main([*tiny_options, "learning_rate=1e38", "max_grad_norm=None"][1:] + tiny_options[:1])
     assert not list_checkpoints(run_folder(tiny_options))
+
+
+def test_parameters_that_are_not_finite_are_neither_saved_nor_exported(tiny_options: list[str]) -> None:
+    replaced = ("max_train_steps", "lr_warmup_steps")
+    kept = [option for option in tiny_options if not option.startswith(replaced)]
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 1 \(transformer.*of \d+ tensors\); nothing of"
+    ):
+        main([*kept, "learning_rate=1e39", "lr_warmup_steps=0", "max_train_steps=1"])
+    assert not list_checkpoints(run_folder(tiny_options))
+    assert not (run_folder(tiny_options) / "pipeline").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speed_diffusers.errors import InputError
-from speed_diffusers.training.tracking import MetricsFile, check_trackers
+from speed_diffusers.training.tracking import MetricsFile, check_trackers, read_metrics
 
 
 def steps_in(path: Path) -> list[int]:
@@ -32,6 +32,20 @@ def test_going_on_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert steps_in(path) == [1, 2, 3, 4, 5, 6]
     MetricsFile(path)
     assert steps_in(path) == []
+
+
+def test_a_bad_line_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    bad = [b"{torn", b"\x00\xff", b"[1]", b'{"loss": 1}', b"[" * 100_000]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *bad, b'{"step": 7}', b'{"step": 8', b""]))
+    assert [line["step"] for line in read_metrics(path)] == [1, 7]
+    numbers = [int(record.getMessage().split("line ")[1].split(":")[0]) for record in caplog.records]
+    assert numbers == [2, 3, 4, 5, 6, 8] and str(path) in caplog.text
+    MetricsFile(path, first_step=7).write({"step": 8})
+    assert steps_in(path) == [1, 7, 8]
+    caplog.clear()
+    path.write_bytes(path.read_bytes() + b'{"step": 9')
+    assert [line["step"] for line in read_metrics(path)] == [1, 7, 8] and not caplog.records, "a kill's torn end"
 
 
 def test_trackers_are_checked_before_anything_starts() -> None:
