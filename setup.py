@@ -14,6 +14,8 @@ VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "speed_diffusers/versi
 # version, but a warning where a version is newer than any that was tried (version.py).
 CORE = ["torch>=2.6", "diffusers>=0.36,<1", "safetensors", "huggingface_hub", "numpy"]
 TRAIN = [
+    # the first with torch.optim.Muon
+    "torch>=2.9",
     "accelerate>=1.6,<2",
     "datasets>=4.0,<6",
     "filelock",

@@ -9,7 +9,7 @@ config and JSON can hold. Parameters that are left out take their defaults, so a
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from .config.schema import Interval
@@ -56,6 +56,7 @@ class Entry(Generic[F]):
         parameters: The numbers that it takes by keyword.
         needs_progress: Whether its values change in the course of a training.
         learns: Whether it makes an object that learns from the losses of a training.
+        named: Names of published values of the parameters, written in place of them ("gaussian:edm2").
     """
 
     function: F
@@ -64,6 +65,7 @@ class Entry(Generic[F]):
     parameters: tuple[Parameter, ...] = ()
     needs_progress: bool = False
     learns: bool = False
+    named: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Registry(Mapping[str, Entry[F]]):
         parameters: tuple[Parameter, ...] = (),
         needs_progress: bool = False,
         learns: bool = False,
+        named: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Callable[[F], F]:
         """Decorator that adds a function under `name`.
 
@@ -121,9 +124,10 @@ class Registry(Mapping[str, Entry[F]]):
             parameters: The function's keyword-only arguments, which have no defaults of their own.
             needs_progress: Whether its values change in the course of a training.
             learns: Whether it makes an object that learns from the losses of a training.
+            named: Names of published values of the parameters.
 
         Raises:
-            ValueError: The name is taken, a default is outside its range, or the function takes other keywords.
+            ValueError: The name is taken, a value is outside its range, or the function takes other keywords.
         """
 
         def add(function: F) -> F:
@@ -135,13 +139,18 @@ class Registry(Mapping[str, Entry[F]]):
             for parameter in parameters:
                 if not parameter.allows(parameter.default):
                     raise ValueError(f"The {self.kind} '{name}' has a default outside its range: {parameter}.")
-            self._entries[name] = Entry(function, summary, reference, parameters, needs_progress, learns)
+            for values in (named or {}).values():
+                if not all(parameter.allows(values[parameter.name]) for parameter in parameters):
+                    raise ValueError(f"The {self.kind} '{name}' has named values outside its ranges: {values}.")
+            self._entries[name] = Entry(
+                function, summary, reference, parameters, needs_progress, learns, dict(named or {})
+            )
             return function
 
         return add
 
     def parse(self, text: "str | F | Choice[F]") -> Choice[F]:
-        """Reads a choice such as `"min_snr:gamma=5"`; a bare name takes the defaults.
+        """Reads a choice such as `"min_snr:gamma=5"` or `"gaussian:edm2"`; a bare name takes the defaults.
 
         Args:
             text: The choice. A registered function means its name, another one is taken as it is, and a choice is
@@ -163,7 +172,12 @@ class Registry(Mapping[str, Entry[F]]):
         entry = self[name]
         arguments = {parameter.name: float(parameter.default) for parameter in entry.parameters}
         seen: set[str] = set()
-        for part in rest.split(",") if colon else []:
+        parts = [part.strip() for part in rest.split(",")] if colon else []
+        if parts and entry.named and "=" not in parts[0] and parts[0]:
+            if parts[0] not in entry.named:
+                raise unknown_name(f"setting of the {self.kind} '{name}'", parts[0], entry.named)
+            arguments |= {key: float(value) for key, value in entry.named[parts.pop(0)].items()}
+        for part in parts:
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not (key and equals and value):
                 form = f"{name}:{','.join(f'{p.name}={p.default:g}' for p in entry.parameters) or 'name=value'}"
@@ -220,6 +234,7 @@ def help_lines(registry: Registry[F]) -> str:
             if entry.parameters
             else ""
         )
+        + (f" or {', '.join(f'{name}:{setting}' for setting in entry.named)}" if entry.named else "")
         + f": {entry.summary}"
         for name, entry in registry.items()
     )
@@ -230,6 +245,8 @@ def markdown_table(registry: Registry[F]) -> str:
     lines = ["| name | what it does | parameters | source |", "|---|---|---|---|"]
     for name, entry in registry.items():
         parameters = "<br>".join(f"`{p.name}={p.default:g}` in {_range(p)}: {p.meaning}" for p in entry.parameters)
+        for setting, values in entry.named.items():
+            parameters += f"<br>`{name}:{setting}`: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
         cells = (f"`{name}`", entry.summary, parameters, entry.reference)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

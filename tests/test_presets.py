@@ -30,9 +30,14 @@ NAMES = sorted(
     for path in (SCRIPT_DIR / "configs").rglob("*.yaml")
     if path.name != "base.yaml"
 )
-STARTED_FOR_REAL = ["imagenet_256/dit_b2", "imagenet_256/dit_s2"]
-STARTED_ON_META = ["imagenet_256/dit_l2", "imagenet_256/dit_xl2", "imagenet_256/dit_xl2_uniform"]
-QUICKSTART = ["quickstart/fashion_mnist"]
+STARTED_FOR_REAL = ["imagenet_256/dit_b2", "imagenet_256/dit_s2", "imagenet_256/dit_s2_fast"]
+STARTED_ON_META = [
+    "imagenet_256/dit_l2",
+    "imagenet_256/dit_xl2",
+    "imagenet_256/dit_xl2_fast",
+    "imagenet_256/dit_xl2_uniform",
+]
+QUICKSTART = ["quickstart/fashion_mnist", "quickstart/fast"]
 
 
 def scheduler_of(preset: str, **config: object) -> SpeeDDDPMScheduler:
@@ -49,6 +54,7 @@ def test_the_presets_are_the_known_ones() -> None:
         "sampling_only",
         "weighting_only",
         "fixed_tau",
+        "fast",
     ]
 
 
@@ -208,10 +214,11 @@ def test_a_large_preset_takes_one_step_without_its_memory(name: str) -> None:
     config = load(name)
     scheduler = make_scheduler(config)
     learned_variance = make_learned_variance(config, scheduler, torch.device("meta"))
-    assert learned_variance is not None
+    assert (learned_variance is not None) == (config.variance_type == "learned_range")
+    channels = 4 if learned_variance is None else 8
     with torch.device("meta"):
         core = build_dit(
-            dit_config(config.model, sample_size=32, in_channels=4, out_channels=8, num_classes=1000), None
+            dit_config(config.model, sample_size=32, in_channels=4, out_channels=channels, num_classes=1000), None
         )
         clean, noise = torch.randn(2, 4, 32, 32), torch.randn(2, 4, 32, 32)
         labels, dropped = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
@@ -228,7 +235,7 @@ def test_a_large_preset_takes_one_step_without_its_memory(name: str) -> None:
 def test_the_speed_presets_are_the_papers() -> None:
     for name in NAMES:
         config = load(name)
-        preset = "uniform" if name.endswith("uniform") else "paper"
+        preset = next((ending for ending in ("uniform", "fast") if name.endswith(ending)), "paper")
         assert {key: getattr(config, key) for key in PRESETS[preset]} == dict(PRESETS[preset])
 
 

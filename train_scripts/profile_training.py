@@ -28,7 +28,7 @@ from speed_diffusers.files import check_output_file
 from speed_diffusers.reports.training_cost import training_flops
 from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
 from speed_diffusers.training.profiling import OTHER, PARTS, OperationCounter
-from speed_diffusers.training.results import describe_plan, save_state, save_validation_grid
+from speed_diffusers.training.results import describe_plan, save_state, validate
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import check_inputs, temporary_run
 from speed_diffusers.training.step import TrainedStep, training_steps
@@ -169,7 +169,7 @@ def between_steps(run: TrainingRun, done: int) -> dict[str, tuple[float, int]]:
     """Milliseconds of one checkpoint and of one grid of samples, each with the steps from one to the next."""
     due = {
         "checkpoint": (save_state, run.config.checkpointing_steps),
-        "validation": (save_validation_grid, run.config.validation_steps),
+        "validation": (validate, run.config.validation_steps),
     }
     found = {}
     for name, (save, interval) in due.items():

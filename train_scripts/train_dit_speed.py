@@ -24,8 +24,8 @@ from speed_diffusers.training.results import (
     describe_plan,
     save_results,
     save_state,
-    save_validation_grid,
     tracker_config,
+    validate,
 )
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import check_inputs, start_run
@@ -83,7 +83,7 @@ def train(run: TrainingRun, stop: StopRequest) -> int | None:
                 log.close(f"Stopped at step {step.done}; resume with resume_from_checkpoint=latest.")
                 return stopped_by
             if config.validation_steps and step.done % config.validation_steps == 0:
-                save_validation_grid(run, step.done)
+                validate(run, step.done)
     log.close()
     return None
 

@@ -7,6 +7,7 @@ EMBEDDED = "embedded"
 
 FOLDER = Path(__file__).parent / "fashion_mnist"
 EMBEDDED_IMAGES = FOLDER / "train.parquet"
+EMBEDDED_HELD_OUT_IMAGES = FOLDER / "test.parquet"
 EMBEDDED_PIPELINE = FOLDER / "pipeline"
 EMBEDDED_CLASSIFIER = FOLDER / "classifier.safetensors"
 EMBEDDED_REFERENCE = FOLDER / "reference_features.safetensors"

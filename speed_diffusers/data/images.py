@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..assets import EMBEDDED, EMBEDDED_IMAGES
+from ..assets import EMBEDDED, EMBEDDED_HELD_OUT_IMAGES, EMBEDDED_IMAGES
 from ..errors import InputError, unknown_name
 from .decode import load_image
 from .labels import read_labels
@@ -112,9 +112,10 @@ def open_images(
             Path(train_data_dir).expanduser(), split=split, with_classes=with_classes, cache_dir=cache_dir
         )
     elif dataset_name == EMBEDDED:
-        if split != "train":
-            raise unknown_name("split of the embedded set", split, ["train"])
-        dataset = load_local(EMBEDDED_IMAGES, split=split, with_classes=with_classes, cache_dir=cache_dir)
+        files = {"train": EMBEDDED_IMAGES, "test": EMBEDDED_HELD_OUT_IMAGES}
+        if split not in files:
+            raise unknown_name("split of the embedded set", split, files)
+        dataset = load_local(files[split], split=split, with_classes=with_classes, cache_dir=cache_dir)
     else:
         assert dataset_name is not None
         dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)

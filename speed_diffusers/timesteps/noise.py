@@ -98,6 +98,15 @@ def edm(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: f
         Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
         Parameter("std", 2.0, "(0, 100]", "of log SNR"),
     ),
+    named={
+        # Each paper's own mean and deviation, carried over to log SNR: -2 ln sigma for latents of variance 1 where
+        # the paper's data has 0.5^2, and -2 logit(u) of a flow's time u.
+        "edm": {"mean": 1.0, "std": 2.4},
+        "edm2": {"mean": -0.6, "std": 2.0},
+        "sd3": {"mean": 0.0, "std": 2.0},
+        "jit": {"mean": -1.6, "std": 1.6},
+        "rae": {"mean": -3.9, "std": 2.0},
+    },
 )
 def gaussian(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float) -> Tensor:
     """A Gaussian over log SNR."""
@@ -112,12 +121,62 @@ def gaussian(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, s
     parameters=(
         Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
         Parameter("scale", 0.5, "(0, 100]", "b: mean distance of log SNR from its mean"),
+        Parameter("uniform", 0.0, "[0, 1]", "share of draws that stay uniform over the timesteps"),
     ),
 )
-def laplace(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, scale: float) -> Tensor:
+def laplace(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, scale: float, uniform: float) -> Tensor:
     """Laplace's density over log SNR."""
     distance = (process.finite_log_snr - mean).abs()
-    return torch.exp(-(distance - distance.min()) / scale) * process.log_snr_speed
+    density = torch.exp(-(distance - distance.min()) / scale) * process.log_snr_speed
+    return (1.0 - uniform) * density / density.sum() + uniform / len(density) if uniform else density
+
+
+@DENSITIES.register(
+    "cosine_scaled",
+    summary="The cosine schedule's density with another width: sech(s log SNR / 2).",
+    reference="[arXiv 2407.03297](https://arxiv.org/abs/2407.03297), which compares with it; s = 1 is the cosine "
+    "schedule of Improved DDPM, [arXiv 2102.09672](https://arxiv.org/abs/2102.09672)",
+    parameters=(Parameter("scale", 1.0, "(0, 20]", "s; higher favours the middle, where signal and noise are equal"),),
+)
+def cosine_scaled(process: ForwardProcess, settings: SpeeDSettings, *, scale: float) -> Tensor:
+    """The hyperbolic secant over log SNR, taken in logarithms because cosh overflows."""
+    distance = 0.5 * scale * process.finite_log_snr.abs()
+    log_density = -distance - torch.log1p(torch.exp(-2.0 * distance))
+    return torch.exp(log_density - log_density.max()) * process.log_snr_speed
+
+
+@DENSITIES.register(
+    "cauchy",
+    summary="Log SNR follows a Cauchy distribution: the middle more often, the ends never rare.",
+    reference="[arXiv 2407.03297](https://arxiv.org/abs/2407.03297) tries it; formula from memory of it",
+    parameters=(
+        Parameter("mean", 0.0, "[-20, 20]", "centre in log SNR; higher favours little noise"),
+        Parameter("scale", 1.0, "(0, 100]", "half width at half height, in log SNR"),
+    ),
+)
+def cauchy(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, scale: float) -> Tensor:
+    """Cauchy's density over log SNR."""
+    distance = ((process.finite_log_snr - mean) / scale).square()
+    return (1.0 + distance.min()) / (1.0 + distance) * process.log_snr_speed
+
+
+@DENSITIES.register(
+    "two_phase",
+    summary="Log SNR is normal at first; from a share of the training on every timestep is drawn alike.",
+    reference="[arXiv 2603.12517](https://arxiv.org/abs/2603.12517): mid-biased densities help early and end worse "
+    "than uniform; mean and std are ours to choose",
+    parameters=(
+        Parameter("mean", -1.0, "[-20, 20]", "of log SNR in the first phase; higher favours little noise"),
+        Parameter("std", 2.0, "(0, 100]", "of log SNR in the first phase"),
+        Parameter("until", 0.6, "(0, 1]", "share of the training after which draws are uniform"),
+    ),
+    needs_progress=True,
+)
+def two_phase(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float, until: float) -> Tensor:
+    """A Gaussian over log SNR, then uniform."""
+    if settings.progress >= until:
+        return torch.ones(process.num_train_timesteps, dtype=torch.float64)
+    return gaussian(process, settings, mean=mean, std=std)
 
 
 @DENSITIES.register(

@@ -143,7 +143,8 @@ def load_checkpoint(
         InputError: The checkpoint is of another model, or lacks a tensor; nothing of it has been loaded.
     """
     document = read_state(folder)
-    groups = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    # All but the learning rate, which is a function of the step.
+    kept = [{key: group[key] for key in group if key not in ("params", "lr")} for group in optimizer.param_groups]
     weights, averages, flat = (_load_tensors(folder / name) for name in (MODEL, EMA, OPTIMIZER))
     current = cast(dict[str, Tensor], get_model_state_dict(model))
     # torch leaves as it is what a file lacks, and initial values would pass for trained ones.
@@ -168,7 +169,7 @@ def load_checkpoint(
         optim_state_dict={"state": moments, "param_groups": document["param_groups"]},
         options=StateDictOptions(full_state_dict=True),
     )
-    for group, values in zip(optimizer.param_groups, groups, strict=True):
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
 
 

@@ -4,11 +4,11 @@ from dataclasses import Field, dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..assets import EMBEDDED
-from ..config.schema import Options, option
+from ..config.schema import Options, default_of, option
 from ..errors import InputError
 from ..generation.samplers import SAMPLERS
 from ..metrics.extractors import FASHION_MNIST
-from ..models import MODEL_NAMES
+from ..models import CONDITIONING_INITS, MODEL_NAMES
 from ..objective import PREDICTION_TYPES
 from ..registry import help_lines
 from ..settings import SPEED_KEYS, SpeeDOptions
@@ -17,6 +17,8 @@ from ..variance import VARIANCE_TYPES
 
 DEFAULT_CONFIG = "quickstart/fashion_mnist"
 """What the training script trains where it is told nothing."""
+
+OPTIMIZERS = ("adamw", "muon")
 
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends; it must begin above."""
@@ -71,6 +73,11 @@ class _DataAndModel(Options):
     )
     revision: str | None = option(None, "Branch, tag or commit of the pretrained model on the Hub.")
     tie_embedders: bool = option(True, "One timestep and label embedder for all blocks, as in DiT.")
+    conditioning_init: str = option(
+        "dit",
+        "How timestep and label embedders begin: dit (N(0, 0.02^2)), or unit: their sum has size 1 at any width.",
+        choices=CONDITIONING_INITS,
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
 
     # Diffusion process and SpeeD
@@ -127,6 +134,13 @@ class TrainConfig(_WithSpeeD):
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
     lr_warmup_steps: int = option(0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, inf)")
+    optimizer: str = option(
+        "adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for all else.", choices=OPTIMIZERS
+    )
+    muon_learning_rate: float | None = option(
+        None, "Learning rate of Muon's matrices, in AdamW's units; None: learning_rate.", interval="(0, inf)"
+    )
+    muon_momentum: float = option(0.95, "Muon's decay of the momentum.", interval="[0, 1)")
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment.", interval="[0, 1)")
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment.", interval="[0, 1)")
     adam_weight_decay: float = option(0.0, "AdamW's weight decay.", interval="[0, inf)")
@@ -145,6 +159,13 @@ class TrainConfig(_WithSpeeD):
     validation_steps: int | None = option(
         None, "Generate a grid of images every so many steps; None: never.", interval="[1, inf)", free=True
     )
+    validation_data_dir: str | None = option(
+        None,
+        "Held-out images, like train_data_dir: their loss at fixed noise levels, every validation_steps.",
+        free=True,
+    )
+    validation_split: str | None = option(None, "Held-out split of the data, or of validation_data_dir.", free=True)
+    max_validation_samples: int = option(500, "Use at most so many held-out images.", interval="[1, inf)", free=True)
     validation_class_labels: list[str] = option(
         [], "Its classes, names or rows of the label table; empty: the first 10.", free=True
     )
@@ -190,6 +211,15 @@ class TrainConfig(_WithSpeeD):
             )
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise InputError(f"learning_rate={self.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
+        if self.optimizer != "muon":
+            for name in ("muon_learning_rate", "muon_momentum"):
+                if getattr(self, name) != default_of(next(field for field in fields(self) if field.name == name)):
+                    raise InputError(f"{name}={getattr(self, name)}: only optimizer=muon knows it.")
+        if self.conditioning_init != "dit" and self.pretrained_model_name_or_path is not None:
+            raise InputError(
+                f"conditioning_init={self.conditioning_init}: a pretrained model has its weights already; leave it "
+                "out."
+            )
         if self.num_inference_steps > self.num_train_timesteps:
             raise InputError(
                 f"num_inference_steps={self.num_inference_steps}: at most "

@@ -44,6 +44,38 @@ def open_data(config: TrainConfig) -> ImageSource:
     )
 
 
+def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | None:
+    """The images that the validation loss is measured on; None where the options name none.
+
+    Args:
+        config: Options of the run.
+        source: The images to train on.
+
+    Raises:
+        InputError: They cannot be read, or their classes are not those of the training.
+    """
+    if config.validation_data_dir is None and config.validation_split is None:
+        return None
+    # local files whose names carry no split count as "train", whatever they are used for
+    data_dir = config.validation_data_dir or config.train_data_dir
+    held_out = open_images(
+        dataset_name=config.dataset_name if data_dir is None else None,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=data_dir,
+        split=config.validation_split or "train",
+        image_column=config.image_column,
+        label_column=config.label_column,
+        cache_dir=config.cache_dir,
+        revision=config.dataset_revision if data_dir is None else None,
+    )
+    if held_out.label_names != source.label_names:
+        raise InputError(
+            f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}: its "
+            f"{held_out.num_classes} classes are not, in this order, the {source.num_classes} of the training."
+        )
+    return held_out
+
+
 ONLY_DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "variance_type")
 """Options that a flow knows nothing of."""
 
@@ -131,7 +163,12 @@ def make_model(config: TrainConfig, num_data_classes: int, vae: AutoencoderKL) -
         architecture = dit_config(
             config.model, sample_size=side, in_channels=channels, out_channels=out_channels, num_classes=num_classes
         )
-        core = build_dit(architecture, keyed_generator(config.seed, "weights", 0), tie_embedders=config.tie_embedders)
+        core = build_dit(
+            architecture,
+            keyed_generator(config.seed, "weights", 0),
+            tie_embedders=config.tie_embedders,
+            conditioning_init=config.conditioning_init,
+        )
     else:
         transformer = load_transformer(config.pretrained_model_name_or_path, revision=config.revision)
         found = transformer.config

@@ -34,6 +34,7 @@ from .run import Inputs, TrainingRun
 from .run_folder import (
     ERRORS_FILE,
     LOGGING_FOLDER,
+    LOSS_FILE,
     METRICS_FILE,
     PIPELINE_FOLDER,
     SAMPLES_FILE,
@@ -41,9 +42,10 @@ from .run_folder import (
     VALIDATION_FOLDER,
     repeatable,
 )
-from .tracking import read_metrics
+from .tracking import MetricsFile, read_metrics
+from .validation import pipeline_validation_loss
 
-PRIVATE_OPTIONS = ("train_data_dir", "cache_dir", "output_dir")
+PRIVATE_OPTIONS = ("train_data_dir", "validation_data_dir", "cache_dir", "output_dir")
 """Paths of the machine that trained, which have no business in a released pipeline."""
 
 
@@ -158,14 +160,29 @@ def ema_tensors(run: TrainingRun) -> dict[str, Tensor]:
 
 
 @labelled("validation")
-def save_validation_grid(run: TrainingRun, step: int) -> None:
-    """Generates images of the same noise and classes as ever with the EMA weights, to a PNG and TensorBoard."""
+def validate(run: TrainingRun, step: int) -> None:
+    """A grid of images of the same noise and classes as ever, and the loss on held-out images, of the EMA weights."""
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         folder = run.output_dir / VALIDATION_FOLDER
         folder.mkdir(exist_ok=True)
         save_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
+        save_validation_loss(run, pipeline, step)
     run.accelerator.wait_for_everyone()
+
+
+def save_validation_loss(run: TrainingRun, pipeline: DiTPipeline, step: int) -> None:
+    """Measures a pipeline on the held-out images, if there are any: to `validation/loss.jsonl`, trackers, screen."""
+    if run.validation is None:
+        return
+    loss = pipeline_validation_loss(pipeline, run.scheduler, run.validation, batch_size=run.config.vae_batch_size)
+    levels = {f"{level:g}": error for level, error in loss.by_log_snr.items()}
+    path = run.output_dir / VALIDATION_FOLDER / LOSS_FILE
+    path.parent.mkdir(exist_ok=True)
+    MetricsFile(path, step - 1).write({"step": step, "validation_loss": loss.mean, "error_by_log_snr": levels})
+    by_level = {f"validation_error/log_snr_{level}": error for level, error in levels.items()}
+    run.accelerator.log({"validation_loss": loss.mean, **by_level}, step=step)
+    print(f"Validation loss at step {step:,}: {loss.mean:.4f}.")
 
 
 def save_results(run: TrainingRun) -> None:
@@ -186,6 +203,7 @@ def save_results(run: TrainingRun) -> None:
         config = run.config
         title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
         save_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+        save_validation_loss(run, pipeline, config.max_train_steps)
         records = read_metrics(run.output_dir / METRICS_FILE)
         history = ErrorHistory.from_records(records, config.num_train_timesteps)
         title = f"{config.model}, {config.prediction_type}: error by timestep"

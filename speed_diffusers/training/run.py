@@ -23,6 +23,7 @@ from .ema import ExponentialMovingAverage
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
 from .run_folder import LOGGING_FOLDER
+from .validation import ValidationSet
 
 TrainingScheduler = SpeeDDDPMScheduler | SpeeDFlowMatchEulerDiscreteScheduler
 """What a run is trained with."""
@@ -36,6 +37,7 @@ class Inputs:
     accelerator: Accelerator
     scheduler: TrainingScheduler
     source: ImageSource
+    held_out: ImageSource | None
     vae: AutoencoderKL
     core: TrainableDiT
     layout: BatchLayout
@@ -70,6 +72,8 @@ class TrainingRun:
     """What `StepLog` had not reported yet when the run was saved; None for a new run, and one of version 0.1."""
     identity: dict[str, str]
     """What a checkpoint must find unchanged besides the options, and is saved with."""
+    validation: ValidationSet | None
+    """Held-out images, on the main process where the options name some."""
     lock: FileLock | None
     """Held on the folder of the run; None where another process writes."""
 

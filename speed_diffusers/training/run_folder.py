@@ -34,6 +34,7 @@ ERRORS_FILE = "error_by_timestep.png"
 PIPELINE_FOLDER = "pipeline"
 LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
+LOSS_FILE = "loss.jsonl"
 LOGGING_FOLDER = "logs"
 SCORES_FOLDER = "scores"
 

@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .ema import ExponentialMovingAverage, fitted_decay
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
+from .optimizer import make_optimizer
 from .parts import (
     check_same_step,
     make_accelerator,
@@ -31,12 +32,14 @@ from .parts import (
     make_model,
     make_scheduler,
     open_data,
+    open_held_out,
     set_learning_rate,
 )
 from .results import score_settings, tracker_config
 from .run import Inputs, TrainingRun
 from .run_folder import check_output_dir, check_resumed_config, open_output_dir
 from .tracking import check_trackers
+from .validation import ValidationSet
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
     source = open_data(config)
+    held_out = open_held_out(config, source)
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     core = make_model(config, source.num_classes, vae)
     last_row = core.transformer.config["num_embeds_ada_norm"]
@@ -74,22 +78,15 @@ def check_inputs(config: TrainConfig) -> Inputs:
     }
     if checkpoint is not None:
         check_resumed_config(config, checkpoint, identity)
-    return Inputs(config, accelerator, scheduler, source, vae, core, layout, checkpoint, identity)
+    return Inputs(config, accelerator, scheduler, source, held_out, vae, core, layout, checkpoint, identity)
 
 
 def start_run(inputs: Inputs) -> TrainingRun:
     """Builds every part of a run, restores its checkpoint, and, last of all, makes its folder."""
     config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
     dataset = make_dataset(inputs)
-    adamw = torch.optim.AdamW(
-        inputs.core.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-    model, optimizer = accelerator.prepare(inputs.core, adamw)
+    optimizer = make_optimizer(config, inputs.core, accelerator.device)
+    model, optimizer = accelerator.prepare(inputs.core, optimizer)
     core = accelerator.unwrap_model(model)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -133,7 +130,23 @@ def start_run(inputs: Inputs) -> TrainingRun:
         seconds=seconds,
         log=log,
         identity=inputs.identity,
+        validation=encode_held_out(inputs) if accelerator.is_main_process else None,
         lock=lock,
+    )
+
+
+def encode_held_out(inputs: Inputs) -> ValidationSet | None:
+    """The held-out images as the network sees them, or None where there are none."""
+    if inputs.held_out is None:
+        return None
+    inputs.vae.to(inputs.accelerator.device)
+    return ValidationSet.encode(
+        inputs.held_out,
+        inputs.vae,
+        resolution=inputs.config.resolution,
+        center_crop=inputs.config.center_crop,
+        num_images=inputs.config.max_validation_samples,
+        batch_size=inputs.config.vae_batch_size,
     )
 
 

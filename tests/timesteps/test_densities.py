@@ -1,6 +1,8 @@
 """Every density on every noise schedule, and each against its formula, worked out another way."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,3 +220,53 @@ def test_sampling_of_two_timesteps() -> None:
         if name != "t_sample":
             choice = "range_bias:end=0.5" if name == "range_bias" else name
             assert float(timestep_pmf(choice, process, settings_of(process)).sum()) == pytest.approx(1.0)
+
+
+def _over_log_snr(sampling: str, schedule: str = "linear") -> tuple[torch.Tensor, torch.Tensor]:
+    """Log SNR, and a density over it up to a factor."""
+    process = process_named(schedule)
+    return process.finite_log_snr, timestep_pmf(sampling, process, settings_of(process)) / process.log_snr_speed
+
+
+@pytest.mark.parametrize(
+    ("sampling", "formula"),
+    [
+        ("cosine_scaled:scale=0.5", lambda x: 1 / torch.cosh(0.25 * x)),
+        ("cauchy:mean=-1,scale=2", lambda x: 1 / ((x + 1) ** 2 + 4)),
+        ("gaussian:edm2", lambda x: torch.exp(-0.5 * ((x + 0.6) / 2) ** 2)),
+        ("gaussian:jit,std=1", lambda x: torch.exp(-0.5 * (x + 1.6) ** 2)),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_density_over_log_snr_is_its_formula(
+    sampling: str, formula: Callable[[torch.Tensor], torch.Tensor], schedule: str
+) -> None:
+    log_snr, density = _over_log_snr(sampling, schedule)
+    expected = formula(log_snr)
+    torch.testing.assert_close(density / density.max(), expected / expected.max(), rtol=1e-9, atol=1e-12)
+
+
+def test_sd3s_named_setting_is_its_logit_normal() -> None:
+    for name, other in (("gaussian:sd3", "logit_normal"), ("cosine_scaled", "cosine_scaled:scale=1")):
+        torch.testing.assert_close(_over_log_snr(name)[1], _over_log_snr(other)[1], rtol=1e-9, atol=0)
+
+
+def test_a_share_of_laplace_is_uniform() -> None:
+    process = process_named("linear")
+    settings = settings_of(process)
+    plain, mixed = (timestep_pmf(name, process, settings) for name in ("laplace", "laplace:uniform=0.1"))
+    torch.testing.assert_close(mixed, 0.9 * plain + 0.1 / 1000, rtol=1e-12, atol=0)
+
+
+def test_two_phases() -> None:
+    process = process_named("linear")
+    settings = settings_of(process)
+    for progress, other in (
+        (0.0, "gaussian:mean=-1"),
+        (0.399, "gaussian:mean=-1"),
+        (0.4, "uniform"),
+        (1.0, "uniform"),
+    ):
+        now = replace(settings, progress=progress)
+        pmf = timestep_pmf("two_phase:until=0.4", process, now)
+        assert torch.equal(pmf, timestep_pmf(other, process, settings))

@@ -19,7 +19,7 @@ from speed_diffusers import (
 from speed_diffusers.predictions import epsilon_error_ratio
 from speed_diffusers.timesteps import DENSITIES
 
-LEARNING = ("loss_second_moment", "information_rate")
+LEARNING = ("loss_second_moment", "information_rate", "infonoise")
 
 
 def strategy(schedule: str = "linear", **options: object) -> SpeeDStrategy:
@@ -197,3 +197,35 @@ def test_learning_without_being_told_anything_warns_once(sampling: str, maker: s
     messages = [str(each.message) for each in caught]
     assert len(messages) == 1 and f"'{sampling}' is loss-aware" in messages[0] and "update_speed" in messages[0]
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_infonoise_on_the_gaussian_channel(prediction_type: str) -> None:
+    # For data of variance 1 the least error of x_0 is sigma^2 / (1 + sigma^2). With the loss weight that makes every
+    # target's error that of v, and without a gate, the density over log SNR is Logistic(0, 1).
+    learner = strategy(
+        sampling="infonoise:gate=0,uniform=0,bins=1000",
+        weighting="p2:k=1,gamma=0",
+        prediction_type=prediction_type,
+    )
+    process = learner.process
+    snr = process.finite_log_snr.exp()
+    errors = 1.0 / (1.0 + snr) * snr / epsilon_error_ratio(process, prediction_type)
+    as_v = (1.0 + snr) / snr * epsilon_error_ratio(process, prediction_type)
+    learner._weights = as_v
+    feed(learner, errors, 10)
+    logistic = torch.sigmoid(process.finite_log_snr) * torch.sigmoid(-process.finite_log_snr) * process.log_snr_speed
+    torch.testing.assert_close(learner.tables().pmf, logistic / logistic.sum(), rtol=1e-9, atol=0)
+
+
+def test_infonoise_falls_off_below_its_gate_and_where_nothing_is_weighed() -> None:
+    gated, free = (strategy(sampling=f"infonoise:gate={gate},uniform=0", weighting="none") for gate in (0.3, 0))
+    for learner in (gated, free):
+        feed(learner, torch.ones(1000).double(), 10)
+    ratio = gated.tables().pmf / free.tables().pmf
+    sigma = torch.exp(-0.5 * gated.process.finite_log_snr)
+    expected = sigma.pow(3) / (sigma.pow(3) + 0.3**3)
+    torch.testing.assert_close(ratio / ratio[-1], expected / expected[-1], rtol=1e-9, atol=0)
+    free._weights = torch.ones(1000).double().index_fill(0, torch.arange(100), 0.0)
+    feed(free, torch.ones(1000).double(), 1)
+    assert not free.tables().pmf[:100].any() and bool((free.tables().pmf[100:] > 0).all())

@@ -21,6 +21,8 @@ ALONG = {
     "beta_end": lambda value: {"beta_start": math.nextafter(0.0, 1.0)},
     "num_train_timesteps": lambda value: {"num_inference_steps": 1},
     "num_inference_steps": lambda value: {"num_train_timesteps": max(value, 2)},
+    "muon_learning_rate": lambda value: {"optimizer": "muon"},
+    "muon_momentum": lambda value: {"optimizer": "muon"},
     "speed_anneal_start": lambda value: {"speed_anneal_end": 1.0},
     "speed_anneal_end": lambda value: {"speed_anneal_start": 0.0},
 }

@@ -1,11 +1,12 @@
 """Writes Fashion-MNIST images as the parquet file that ships with the package, or as a full split to train assets on.
 
     python train_scripts/assets/make_embedded_dataset.py
+    python train_scripts/assets/make_embedded_dataset.py split=test per_class=50
     python train_scripts/assets/make_embedded_dataset.py split=train per_class=0 output=fashion_mnist_train.parquet
     python train_scripts/assets/make_embedded_dataset.py split=test per_class=0 output=fashion_mnist_test.parquet
 
-The first command makes the embedded set (9,000 images, seconds). The source is the four IDX files of Fashion-MNIST
-(MIT), for example from the Debian package dataset-fashion-mnist.
+The first two commands make the embedded set (9,000 images, and 500 held-out ones for validation, seconds). The source
+is the four IDX files of Fashion-MNIST (MIT), for example from the Debian package dataset-fashion-mnist.
 """
 
 import gzip
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from speed_diffusers.assets import EMBEDDED_IMAGES
+from speed_diffusers.assets import EMBEDDED_HELD_OUT_IMAGES, EMBEDDED_IMAGES
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
@@ -39,6 +40,7 @@ LABEL_NAMES = [
     "Ankle boot",
 ]
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
+EMBEDDED_FILES = {"train": EMBEDDED_IMAGES, "test": EMBEDDED_HELD_OUT_IMAGES}
 PADDING = 2  # 28x28 becomes 32x32, which a VAE can halve twice and a DiT cut into patches
 
 
@@ -52,7 +54,7 @@ class EmbeddedDatasetSettings(Options):
         900, "Images per class, chosen by the seed; 0 takes all, in their order.", interval="[0, inf)"
     )
     seed: int = option(0, "Chooses the images and their order.", interval="[0, 2^63)")
-    output: str = option(str(EMBEDDED_IMAGES), "The parquet file to write.")
+    output: str | None = option(None, "The parquet file to write; None: the embedded one of the split.")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -89,7 +91,7 @@ def encode_png(image: np.ndarray) -> bytes:
 def main(argv: list[str]) -> None:
     """Reads, chooses, encodes and writes."""
     config = load_config(EmbeddedDatasetSettings, argv, Path(__file__).parent)
-    output = check_output_file("output", config.output, ".parquet")
+    output = check_output_file("output", config.output or EMBEDDED_FILES[config.split], ".parquet")
     stem = Path(config.idx_dir) / IDX_PREFIXES[config.split]
     images = read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))
     labels = read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"))

@@ -1,0 +1,184 @@
+"""Which trainings are compared: the settings, the arms, and in which order their runs are made."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on, and how it is scored.
+
+    Attributes:
+        options: Options of the training script that all arms share.
+        num_images: Generated images per score.
+        num_inference_steps: DDIM steps, without guidance.
+    """
+
+    options: Options
+    num_images: int = 1000
+    num_inference_steps: int = 25
+
+
+# Constant rate, no warm-up and an EMA of fixed length, so that every step of a run is the end of a shorter one.
+SETTINGS = {
+    "quickstart": Setting(
+        {
+            "config": "quickstart/fashion_mnist",
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "ema_decay": 0.995,
+            "num_score_images": None,
+            "report_to": [],
+            "checkpointing_steps": 250,
+            "num_validation_images": 4,
+            "num_inference_steps": 25,
+            "logging_steps": 50,
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        options: Options of the training script that make it, beside the setting's.
+        steps: Optimizer steps of its runs.
+        measured_at: Steps at which it is scored.
+        seeds: Its seeds.
+    """
+
+    options: Options
+    steps: int = 3000
+    measured_at: tuple[int, ...] = (500, 750, 1000, 1500, 2250, 3000)
+    seeds: tuple[int, ...] = (0, 1)
+
+
+DENSITIES: dict[str, Options] = {
+    "uniform": {"speed_sampling": "uniform", "speed_weighting": "none"},
+    "paper": {},
+    "official": {
+        "speed_sampling": "asymmetric",
+        "speed_weighting": "official",
+        "speed_tau": 700,
+        "speed_draw": "paired",
+    },
+    "seed_code": {"speed_sampling": "t_sample", "speed_weighting": "p2:k=1,gamma=1", "speed_draw": "paired"},
+    "sampling_only": {"speed_weighting": "none"},
+    "weighting_only": {"speed_sampling": "uniform"},
+    "min_snr": {"speed_sampling": "uniform", "speed_weighting": "min_snr"},
+    "soft_min_snr": {"speed_sampling": "uniform", "speed_weighting": "soft_min_snr"},
+    "p2": {"speed_sampling": "uniform", "speed_weighting": "p2"},
+    "logit_normal": {"speed_sampling": "logit_normal", "speed_weighting": "none"},
+    "laplace": {"speed_sampling": "laplace", "speed_weighting": "none"},
+    "infonoise": {"speed_sampling": "infonoise", "speed_weighting": "none"},
+    "two_phase": {"speed_sampling": "two_phase", "speed_weighting": "none"},
+    "gaussian": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none"},
+    "stratified": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none", "speed_draw": "stratified"},
+}
+
+TARGETS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
+
+# What is far faster than the baseline is where it is after its whole run long before that.
+SHORT: dict[str, Any] = {"steps": 1500, "measured_at": (250, 500, 750, 1000, 1500)}
+MIDDLE: dict[str, Any] = {"steps": 2000, "measured_at": (250, 500, 750, 1000, 1500, 2000)}
+FIVE = (0, 1, 2, 3, 4)
+
+
+def options(density: str, target: str, *, init: str = "dit", muon: float | None = None, rate: float = 1e-3) -> Options:
+    """The options of an arm from its factors.
+
+    Args:
+        density: Name in `DENSITIES`.
+        target: Name in `TARGETS`.
+        init: Initialisation of the embedders.
+        muon: Rate of Muon; None: AdamW for all.
+        rate: Rate of AdamW.
+    """
+    chosen: Options = {"prediction_type": TARGETS[target], **DENSITIES[density]}
+    chosen |= {"conditioning_init": init, "learning_rate": rate}
+    return chosen | ({} if muon is None else {"optimizer": "muon", "muon_learning_rate": muon})
+
+
+@dataclass(frozen=True)
+class _Grid:
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def add(self, name: str, chosen: Options, **kwargs: Any) -> None:
+        assert name not in self.arms, name
+        self.arms[name] = Arm(chosen, **kwargs)
+
+
+def _arms() -> dict[str, Arm]:
+    grid = _Grid()
+    fast = {"init": "unit", "muon": 6e-3, "rate": 3e-3}
+    # The five that the claims stand on.
+    grid.add("uniform_epsilon", options("uniform", "epsilon"), seeds=FIVE)
+    grid.add("fast", options("stratified", "v", **fast), seeds=FIVE, **SHORT)
+    grid.add("uniform_epsilon_tuned", options("uniform", "epsilon", rate=4e-3), seeds=FIVE)
+    grid.add("paper_v", options("paper", "v"), seeds=FIVE, **MIDDLE)
+    grid.add("paper_epsilon", options("paper", "epsilon"), seeds=FIVE)
+    # Each factor alone and together.
+    grid.add("fast_adamw", options("stratified", "v", init="unit", rate=4e-3), **SHORT)
+    grid.add("uniform_v", options("uniform", "v"), **MIDDLE)
+    grid.add("uniform_v_unit", options("uniform", "v", init="unit"), **SHORT)
+    grid.add("paper_v_unit", options("paper", "v", init="unit"), **SHORT)
+    grid.add("stratified_v_unit", options("stratified", "v", init="unit"), **SHORT)
+    grid.add("uniform_v_fast", options("uniform", "v", **fast), **SHORT)
+    grid.add("paper_v_fast", options("paper", "v", **fast), **SHORT)
+    grid.add("uniform_epsilon_unit", options("uniform", "epsilon", init="unit"))
+    grid.add("paper_epsilon_unit", options("paper", "epsilon", init="unit"))
+    grid.add("uniform_epsilon_fast", options("uniform", "epsilon", **fast))
+    grid.add("paper_epsilon_fast", options("paper", "epsilon", **fast))
+    grid.add("gaussian_v_unit", options("gaussian", "v", init="unit"), **SHORT)
+    grid.add("logit_normal_flow_unit", options("logit_normal", "flow", init="unit"), **SHORT)
+    # Rates, as many for the baseline as for the recipe.
+    for rate in (0.5e-3, 2e-3, 8e-3):
+        grid.add(f"uniform_epsilon_rate_{rate:g}", options("uniform", "epsilon", rate=rate), seeds=(0,))
+    for rate in (1.5e-3, 3e-3, 12e-3):
+        chosen = options("stratified", "v", init="unit", muon=rate, rate=rate / 2)
+        grid.add(f"fast_rate_{rate:g}", chosen, seeds=(0,), **SHORT)
+    # Every density at both targets, all else as DiT has it.
+    for density in DENSITIES:
+        for target in ("epsilon", "v"):
+            name = f"{density}_{target}"
+            if name not in grid.arms:
+                grid.add(name, options(density, target), **(MIDDLE if target == "v" else {}))
+    return grid.arms
+
+
+ARMS: dict[str, Arm] = _arms()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a setting, an arm, a seed."""
+
+    setting: str
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.setting}/{self.arm}-{self.seed}"
+
+
+def jobs(settings: list[str], arms: list[str], seeds: list[int]) -> Iterator[Job]:
+    """The runs in their order: first seeds of all arms in the order of `ARMS`, then second ones, and so on.
+
+    Args:
+        settings: Names of settings.
+        arms: Names of arms; empty: all.
+        seeds: Seeds; empty: all.
+    """
+    rounds = range(1 + max(max(arm.seeds) for arm in ARMS.values()))
+    main = [name for name, arm in ARMS.items() if arm.seeds == FIVE]
+    # The arms of the claims go first in each round; what compares two arms needs the same seeds of both.
+    for setting in settings:
+        for seed in rounds:
+            for name in [*main, *(name for name in ARMS if name not in main)]:
+                if seed in ARMS[name].seeds and (not arms or name in arms) and (not seeds or seed in seeds):
+                    yield Job(setting, name, seed)

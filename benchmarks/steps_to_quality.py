@@ -1,0 +1,291 @@
+"""How many optimizer steps each way to train needs for the same quality: a queue of runs, and what they give.
+
+    python benchmarks/steps_to_quality.py work_dir=~/quality                   # all runs that are missing
+    python benchmarks/steps_to_quality.py work_dir=~/quality action=status
+    python benchmarks/steps_to_quality.py work_dir=~/quality action=pause      # and action=resume, action=stop
+
+Runs go on two at a time, one thread each, at the lowest priority, and survive any stop: started again, the queue
+resumes them through the trainer's own checkpoints and repeats nothing that is done. All are trained and scored by one
+commit, exported to the work folder. Each leaves one JSON in steps_to_quality/SETTING/ARM-SEED.json.
+
+All arms of a seed begin with the same weights (of another size where their initialisation differs), and see the same
+images, noise and label drops; their samples begin with the same noise. Which arms and settings there are:
+quality_arms.py.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from measurement import ROOT, processor
+from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
+from speed_diffusers.config.load import load_config
+from speed_diffusers.config.schema import Options, option
+from speed_diffusers.data.images import open_images
+from speed_diffusers.errors import InputError
+from speed_diffusers.files import write_text
+from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
+from speed_diffusers.training.parts import make_scheduler
+from speed_diffusers.training.run_folder import METRICS_FILE, SAMPLES_FILE, load_run_config
+from speed_diffusers.training.snapshots import pipeline_of_config, put_weights
+from speed_diffusers.training.tracking import read_metrics
+from speed_diffusers.training.validation import ValidationSet, pipeline_validation_loss
+from training_runs import trained_run
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "steps_to_quality"
+ACTIONS = ("run", "status", "pause", "resume", "stop", "job")
+VALIDATION_IMAGES = 500
+SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_agreement")
+
+
+@dataclass
+class QualityConfig(Options):
+    """Options of this benchmark."""
+
+    action: str = option("run", "run; status, pause, resume and stop are for a queue that runs.", choices=ACTIONS)
+    work_dir: str = option("runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.")
+    results_dir: str = option(str(RESULTS), "Where the JSON of each run goes.")
+    settings: list[str] = option(list(SETTINGS), "Settings to run.", choices=SETTINGS)
+    arms: list[str] = option([], "Arms to run; empty: all.", choices=ARMS)
+    seeds: list[int] = option([], "Seeds to run; empty: those of each arm.")
+    commit: str | None = option(None, "What to train with; None: that of the work folder, at first HEAD.")
+    workers: int = option(2, "Runs at a time, one thread each.", interval="[1, inf)")
+    max_train_steps: int | None = option(None, "Cuts every run to so many steps, for a look.", interval="[1, inf)")
+    num_images: int | None = option(None, "Generated images per score, for a look.", interval="[2, inf)")
+    job: str | None = option(None, "With action=job: the one run to make, SETTING/ARM-SEED.")
+
+
+def main() -> None:
+    """Does what `action` says."""
+    config = load_config(QualityConfig, sys.argv[1:], HERE)
+    work_dir = Path(config.work_dir).expanduser().resolve()
+    if config.action == "job":
+        make(_job(config.job), config, work_dir)
+    elif config.action == "run":
+        run_queue(config, work_dir)
+    elif config.action == "status":
+        print(status(config, work_dir))
+    else:
+        _signal(work_dir, config.action)
+
+
+def _job(text: str | None) -> Job:
+    setting, _, rest = (text or "").partition("/")
+    arm, _, seed = rest.rpartition("-")
+    if setting not in SETTINGS or arm not in ARMS or not seed.isdigit():
+        raise InputError(f"job={text}: must be SETTING/ARM-SEED.")
+    return Job(setting, arm, int(seed))
+
+
+def result_path(job: Job, results_dir: Path) -> Path:
+    """The file of a run's result."""
+    return results_dir / job.setting / f"{job.arm}-{job.seed}.json"
+
+
+def run_queue(config: QualityConfig, work_dir: Path) -> None:
+    """Makes every run that is missing, `workers` at a time.
+
+    Raises:
+        InputError: Another queue works in the folder.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work_dir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"work_dir={work_dir}: a queue runs there already.") from None
+    source = exported_commit(config.commit, work_dir)
+    results_dir = Path(config.results_dir).resolve()
+    waiting = [job for job in wanted(config) if not result_path(job, results_dir).exists()]
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    failed: list[Job] = []
+
+    def save_state() -> None:
+        state = {"pid": os.getpid(), "children": {str(job): child.pid for job, child in running.items()}}
+        write_text(work_dir / "state.json", json.dumps(state, indent=1))
+
+    def stop(number: int, frame: object) -> None:
+        for child in running.values():
+            os.killpg(child.pid, signal.SIGCONT)
+            os.killpg(child.pid, signal.SIGTERM)
+        for child in running.values():
+            child.wait()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    while waiting or running:
+        while waiting and len(running) < config.workers:
+            job = waiting.pop(0)
+            running[job] = start(job, config, source, work_dir)
+            save_state()
+        time.sleep(2)
+        for job, child in list(running.items()):
+            if child.poll() is not None:
+                del running[job]
+                if child.returncode:
+                    failed.append(job)
+                done = len(list(results_dir.glob("*/*.json")))
+                print(f"{job}: {'failed' if child.returncode else 'done'}; {done} done, {len(waiting)} waiting.")
+                sys.stdout.flush()
+        save_state()
+    if failed:
+        raise InputError(
+            f"{len(failed)} run(s) failed; their logs are in {work_dir / 'logs'}: {', '.join(map(str, failed))}."
+        )
+
+
+def wanted(config: QualityConfig) -> list[Job]:
+    """The runs that the options ask for, in their order."""
+    return list(jobs(config.settings, config.arms, config.seeds))
+
+
+def exported_commit(commit: str | None, work_dir: Path) -> Path:
+    """The code of one commit in the work folder; the one that is there already, unless another is asked for."""
+    kept = work_dir / "commit"
+    if commit is None and kept.exists():
+        commit = kept.read_text().strip()
+    found = subprocess.run(
+        ["git", "rev-parse", "--short=12", commit or "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        raise InputError(f"commit={commit}: not in the history of {ROOT}.")
+    name = found.stdout.strip()
+    source = work_dir / f"source-{name}"
+    if not source.exists():
+        temporary = source.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        archive = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", temporary], input=archive, check=True)
+        temporary.rename(source)
+    write_text(kept, name + "\n")
+    return source
+
+
+def start(job: Job, config: QualityConfig, source: Path, work_dir: Path) -> subprocess.Popen[bytes]:
+    """Starts the process of one run, in a process group of its own."""
+    log = work_dir / "logs" / f"{job}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = ["nice", "-n", "19", sys.executable, str(source / "benchmarks" / Path(__file__).name), "action=job"]
+    command += [f"job={job}", f"work_dir={work_dir}", f"results_dir={Path(config.results_dir).resolve()}"]
+    command += [f"max_train_steps={config.max_train_steps}", f"num_images={config.num_images}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+
+
+def _signal(work_dir: Path, action: str) -> None:
+    state = json.loads((work_dir / "state.json").read_text())
+    if action == "stop":
+        os.kill(state["pid"], signal.SIGTERM)
+        return
+    for pid in state["children"].values():
+        os.killpg(pid, signal.SIGSTOP if action == "pause" else signal.SIGCONT)
+
+
+def status(config: QualityConfig, work_dir: Path) -> str:
+    """What is done, what runs and what waits."""
+    results_dir = Path(config.results_dir)
+    every = wanted(config)
+    done = [job for job in every if result_path(job, results_dir).exists()]
+    lines = [f"{len(done)} of {len(every)} runs are done."]
+    for job in every:
+        metrics = run_dir(job, work_dir) / METRICS_FILE
+        if job not in done and metrics.exists() and (records := read_metrics(metrics)):
+            lines.append(f"{job}: step {records[-1]['step']} of {ARMS[job.arm].steps}")
+    return "\n".join(lines)
+
+
+def run_dir(job: Job, work_dir: Path) -> Path:
+    """The folder of a run."""
+    return work_dir / "runs" / str(job)
+
+
+def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
+    """Trains one run, scores it at every step that its arm is measured at, and writes its result."""
+    setting, arm = SETTINGS[job.setting], ARMS[job.arm]
+    if config.num_images is not None:
+        setting = replace(setting, num_images=config.num_images)
+    if config.max_train_steps is not None:
+        steps = min(arm.steps, config.max_train_steps)
+        arm = replace(arm, steps=steps, measured_at=(*(step for step in arm.measured_at if step < steps), steps))
+    folder = run_dir(job, work_dir)
+    options = {**setting.options, **arm.options, "seed": job.seed, "max_train_steps": arm.steps}
+    trained_run(folder, **options, cache_dir=work_dir / "cache")
+    points = [measured(folder, step, setting) for step in arm.measured_at]
+    result = {
+        "setting": job.setting,
+        "arm": job.arm,
+        "seed": job.seed,
+        "commit": (work_dir / "commit").read_text().strip(),
+        "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
+        "protocol": {"num_images": setting.num_images, "num_inference_steps": setting.num_inference_steps},
+        "curve": points,
+        "environment": {
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers")},
+        },
+    }
+    pictures = work_dir / "pictures" / job.setting
+    pictures.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / SAMPLES_FILE, pictures / f"{job.arm}-{job.seed}.png")
+    target = result_path(job, Path(config.results_dir))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(result, indent=1) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def measured(folder: Path, step: int, setting: Setting) -> dict[str, Any]:
+    """The scores and the validation loss of a run at one of its checkpoints; computed once."""
+    kept = folder / "points" / f"{step}.json"
+    if kept.exists():
+        loaded: dict[str, Any] = json.loads(kept.read_text())
+        return loaded
+    config = load_run_config(folder)
+    pipeline = pipeline_of_config(folder)
+    put_weights(pipeline, folder / f"checkpoint-{step}", "ema")
+    score = score_pipeline(
+        pipeline,
+        ScoreSettings(num_images=setting.num_images, num_inference_steps=setting.num_inference_steps),
+        description=f"Step {step}",
+    )
+    held_out = open_images(dataset_name=config.dataset_name, split="test")
+    images = ValidationSet.encode(
+        held_out, pipeline.vae, resolution=config.resolution, center_crop=True, num_images=VALIDATION_IMAGES
+    )
+    loss = pipeline_validation_loss(pipeline, make_scheduler(config), images)
+    times = {record["step"]: record["seconds"] for record in read_metrics(folder / METRICS_FILE)}
+    point = {
+        "step": step,
+        "images": step * config.train_batch_size * config.gradient_accumulation_steps,
+        "seconds": round(times[step], 1),
+        **{name: score.values[name] for name in SCORES},
+        "validation_loss": loss.mean,
+        "error_by_log_snr": {f"{level:g}": error for level, error in loss.by_log_snr.items()},
+    }
+    kept.parent.mkdir(exist_ok=True)
+    write_text(kept, json.dumps(point) + "\n")
+    return point
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Muon against torch's own, its stop, and which parameters it takes."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from speed_diffusers.models import build_dit, dit_config
+from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.guard import NonFiniteGuard
+from speed_diffusers.training.optimizer import Muon, MuonWithAdamW, make_optimizer
+
+SHAPES = ((6, 6), (6, 6), (12, 6), (6, 12))
+
+
+def _matrices(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+
+
+def _steps(optimizer: torch.optim.Optimizer, matrices: list[Tensor], steps: int = 3) -> None:
+    for step in range(steps):
+        for matrix, gradient in zip(matrices, _matrices(100 + step), strict=True):
+            matrix.grad = gradient.detach().clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_muon_equals_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    mine, theirs = _matrices(0), _matrices(0)
+    _steps(Muon(mine, dtype=dtype, **options), mine)
+    if dtype == torch.float32:
+        # Torch's products are always of bfloat16.
+        monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    _steps(torch.optim.Muon(theirs, **options), theirs)
+    # In bfloat16 a batch of products may round otherwise than one product.
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+    for matrix, other, begun in zip(mine, theirs, _matrices(0), strict=True):
+        assert (other - begun).abs().max() > 2e-3
+        torch.testing.assert_close(matrix, other, rtol=0, atol=tolerance)
+
+
+def _tiny_dit() -> torch.nn.Module:
+    config = dit_config("DiT-tiny/2", sample_size=4, in_channels=4, out_channels=4, num_classes=3)
+    return build_dit({**config, "num_layers": 2}, torch.Generator().manual_seed(0))
+
+
+def _muon(model: torch.nn.Module, **options: object) -> torch.optim.Optimizer:
+    return make_optimizer(TrainConfig(optimizer="muon", **options), model, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    model = _tiny_dit()
+    optimizer = _muon(model, learning_rate=1e-3, muon_learning_rate=4e-3)
+    adamw, muon = optimizer.param_groups
+    assert (adamw["lr"], muon["lr"]) == (1e-3, 4e-3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [names[id(parameter)] for parameter in muon["params"]]
+    assert len(taken) == 2 * 6 and all(".attn1.to_" in name or ".ff.net." in name for name in taken)
+    assert len(taken) + len(adamw["params"]) == len(names)
+
+
+def test_nothing_is_applied_once_a_gradient_was_not_finite() -> None:
+    model = _tiny_dit()
+    optimizer = _muon(model)
+    guard = NonFiniteGuard(optimizer, torch.device("cpu"))
+
+    def step(number: int, gradient: float) -> list[Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        guard.observe(torch.tensor(gradient), number)
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    began = [parameter.detach().clone() for parameter in model.parameters()]
+    good = step(1, 0.1)
+    assert not any(map(torch.equal, began, good))
+    assert all(map(torch.equal, good, step(2, float("nan"))))
+    assert all(map(torch.equal, good, step(3, 0.1)))
+    assert guard.failed_step() == 2
+
+
+def test_state_goes_back_and_forth() -> None:
+    first, second = _tiny_dit(), _tiny_dit()
+    optimizers = [_muon(first), _muon(second)]
+    generator = torch.Generator().manual_seed(1)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    gradients = [[torch.randn(p.shape, generator=generator) for p in first.parameters()] for _ in range(2)]
+    step(first, optimizers[0], gradients[0])
+    second.load_state_dict(first.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        step(model, optimizer, gradients[1])
+        assert isinstance(optimizer, MuonWithAdamW) and len(optimizer.state) == len(list(model.parameters()))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))

@@ -1,0 +1,111 @@
+"""The validation loss: levels, noise, and the same number for the same network whatever it predicts."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
+from speed_diffusers.assets import EMBEDDED_HELD_OUT_IMAGES
+from speed_diffusers.data.images import open_images
+from speed_diffusers.errors import InputError
+from speed_diffusers.generation.pretrained import load_vae
+from speed_diffusers.training.validation import LOG_SNR_LEVELS, ValidationSet, validation_loss
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = ValidationSet(torch.randn(6, 4, 8, 8, generator=GENERATOR), torch.tensor([0, 1, 2, 0, 1, 2]))
+CPU = torch.device("cpu")
+
+
+def guesser(scheduler: SpeeDDDPMScheduler, share: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A network that knows the clean images, but for a share of them, and predicts what its scheduler asks for."""
+    latents = {len(part): part for part in (IMAGES.latents,)}
+
+    def network(sample: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
+        assert rows.tolist() == IMAGES.labels.tolist() and len(set(timestep.tolist())) == 1
+        signal = scheduler.alphas_cumprod[timestep].sqrt()[:, None, None, None]
+        noise = (1 - scheduler.alphas_cumprod[timestep]).sqrt()[:, None, None, None]
+        clean = (1 - share) * latents[len(sample)]
+        epsilon = (sample - signal * clean) / noise
+        kinds = {"epsilon": epsilon, "v_prediction": signal * epsilon - noise * clean, "sample": clean}
+        return kinds[scheduler.config.prediction_type]
+
+    return network
+
+
+def test_the_number_does_not_depend_on_what_is_predicted() -> None:
+    losses = []
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = SpeeDDDPMScheduler(prediction_type=kind)
+        losses.append(validation_loss(guesser(scheduler, 0.1), scheduler, IMAGES, device=CPU))
+    for loss in losses:
+        assert tuple(loss.by_log_snr) == LOG_SNR_LEVELS
+        for level, error in loss.by_log_snr.items():
+            # The error of v is that of x_0, 0.01 here, times (1 + SNR); the nearest timestep is not quite the level.
+            expected = 0.01 * float(IMAGES.latents.square().mean()) * (1 + math.exp(level))
+            assert error == pytest.approx(expected, rel=0.02), level
+            assert error == pytest.approx(losses[1].by_log_snr[level], rel=1e-3)
+        assert loss.mean == pytest.approx(np.exp(np.mean(np.log(list(loss.by_log_snr.values())))))
+
+
+@pytest.mark.parametrize("scheduler", [SpeeDDDPMScheduler(), SpeeDFlowMatchEulerDiscreteScheduler(shift=2.0)])
+def test_batches_and_calls_change_nothing(scheduler: SpeeDDDPMScheduler) -> None:
+    def network(sample: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
+        return 0.5 * sample
+
+    first = validation_loss(network, scheduler, IMAGES, device=CPU, batch_size=4)
+    again = validation_loss(network, scheduler, IMAGES, device=CPU, batch_size=6)
+    assert first.by_log_snr == pytest.approx(again.by_log_snr, rel=1e-6)
+    assert all(0.05 < error < 2000 for error in first.by_log_snr.values())
+
+
+def test_the_embedded_held_out_images_are_others() -> None:
+    train, held_out = (open_images(dataset_name="embedded", split=split) for split in ("train", "test"))
+    assert len(held_out) == 500 and held_out.label_names == train.label_names
+    assert np.bincount(held_out.labels).tolist() == [50] * 10
+    hashes = [{hash(row["image"]["bytes"]) for row in source.dataset} for source in (train, held_out)]
+    assert not hashes[0] & hashes[1]
+    images = ValidationSet.encode(held_out, load_vae("embedded"), resolution=32, center_crop=True, num_images=20)
+    assert images.latents.shape == (20, 4, 8, 8) and 0.7 < float(images.latents.std()) < 1.3
+    assert len(images.labels.unique()) > 5
+
+
+def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Path) -> None:
+    options = [
+        "dataset_name=embedded",
+        "train_data_dir=None",
+        "pretrained_vae_model_name_or_path=embedded",
+        "max_train_samples=64",
+        "validation_split=test",
+        "max_validation_samples=8",
+        "validation_steps=5",
+        "optimizer=muon",
+        "conditioning_init=unit",
+    ]
+    whole = train(tmp_path / "whole", *options)
+
+    def lines(folder: Path) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (folder / "validation" / "loss.jsonl").read_text().splitlines()]
+
+    found = lines(whole)
+    assert [line["step"] for line in found] == [5, 10, 12]
+    assert all(0.5 < line["validation_loss"] < 1.2 and len(line["error_by_log_snr"]) == 8 for line in found)  # type: ignore[operator, arg-type]
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for name in ("checkpoint-10", "checkpoint-12", "pipeline"):
+        shutil.rmtree(broken / name)
+    train(broken, *options, "resume_from_checkpoint=latest")
+    assert lines(broken) == found
+    for name in ("model", "ema", "optimizer"):
+        file = Path("checkpoint-12") / f"{name}.safetensors"
+        assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(InputError, match="Unknown split of the embedded set 'tset'. Did you mean 'test'"):
+        train(tmp_path / "other", *options[:3], "validation_split=tset")
+    with pytest.raises(InputError, match="its 10 classes are not, in this order, the 2 of the training"):
+        train(tmp_path / "other", f"validation_data_dir={EMBEDDED_HELD_OUT_IMAGES}")
