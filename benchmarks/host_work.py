@@ -54,7 +54,7 @@ class HostWorkConfig(TrainConfig):
     counted_steps: int = option(20, "Steps to count, between two logging steps.", interval="[1, inf)")
     results_dir: str = option(str(Path(__file__).resolve().parent / "host_work"), "Where the results go.")
     # A few images do; counts do not depend on them.
-    max_train_samples: int | None = option(256, "Train on the first so many images only.", interval="[1, inf)")
+    max_train_samples: int | None = option(256, "Train on so many images, chosen at random.", interval="[1, inf)")
 
 
 def main(argv: list[str]) -> None:

@@ -5,15 +5,15 @@
     python train_scripts/plan.py scheduler=FlowMatchEulerDiscreteScheduler \\
         'strategies=["paper", "logit_normal:mean=0+none", "uniform+min_snr:gamma=5"]'
 
-Takes every option of train_dit_speed.py and trains nothing. A strategy is a preset (paper, official, uniform, ...) or
-density+weighting, or density+weighting+draw, with parameters as in `speed_sampling`. Commas part the strategies, so
-one with a comma of its own is quoted: 'strategies=["uniform+p2:k=1,gamma=1", "paper"]'. Costs are estimates by
-formula.
+Takes every option of train_dit_speed.py and trains nothing; it lists what lies in train_data_dir. A strategy is a
+preset (paper, official, uniform, ...) or density+weighting, or density+weighting+draw, with parameters as in
+`speed_sampling`. Commas part the strategies, so one with a comma of its own is quoted:
+'strategies=["uniform+p2:k=1,gamma=1", "paper"]'. Costs are estimates by formula.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from speed_diffusers.assets import EMBEDDED, EMBEDDED_IMAGES, EMBEDDED_PIPELINE
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import option
+from speed_diffusers.data.listing import describe_ignored, describe_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_output_file
 from speed_diffusers.models import build_dit, dit_config
@@ -32,7 +33,7 @@ from speed_diffusers.reports.strategy_report import describe_cost, describe_stra
 from speed_diffusers.reports.training_cost import GPUS, TrainingCost, gpu_named
 from speed_diffusers.schedulers import speed_scheduler
 from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
-from speed_diffusers.training.parts import make_scheduler
+from speed_diffusers.training.parts import make_scheduler, open_data
 from speed_diffusers.training.run_folder import is_run, load_run_config
 from speed_diffusers.variance import LEARNED_RANGE
 
@@ -65,7 +66,9 @@ class PlanConfig(TrainConfig):
     )
     mfu: float = option(0.25, "Assumed share of the GPU's bf16 peak that training reaches.", interval="(0, 1]")
     num_images: int | None = option(
-        None, "Images of the data; None: known for the embedded images and ImageNet.", interval="[1, inf)"
+        None,
+        "Images of the data; None: known for train_data_dir, the embedded images and ImageNet.",
+        interval="[1, inf)",
     )
     output: str | None = option("plan.png", "PNG file to write; None writes none.")
 
@@ -78,7 +81,10 @@ def main(argv: list[str]) -> None:
     """
     config = load_config(PlanConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
     _check(config)
+    data = ""
     if config.scheduler is None:
+        if config.train_data_dir is not None:
+            config, data = _with_own_images(config)
         scheduler = make_scheduler(config)
         costs = describe_cost(training_cost(config), gpu=config.gpu, num_gpus=config.num_gpus, mfu=config.mfu)
     else:
@@ -87,7 +93,7 @@ def main(argv: list[str]) -> None:
         costs = "A scheduler says nothing of a network: for costs give config=NAME or the options of a training."
     strategies = strategy_tables(scheduler, config.strategies, config.progress)
     areas = scheduler.speed_areas
-    print(describe_strategies(strategies, areas), costs, sep="\n\n")
+    print(*filter(None, (describe_strategies(strategies, areas), data, costs)), sep="\n\n")
     if config.output is not None:
         output = Path(config.output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +108,15 @@ def _check(config: PlanConfig) -> None:
         raise InputError(f"strategies={','.join(config.strategies)}: one is given twice.")
     if config.output is not None:
         check_output_file("output", config.output, ".png")
+
+
+def _with_own_images(config: PlanConfig) -> tuple[PlanConfig, str]:
+    """The options with the numbers of `train_data_dir`, and what lies in it."""
+    source = open_data(config)
+    numbers = {"num_images": len(source), "num_classes": source.num_classes}
+    known: dict[str, Any] = {name: value for name, value in numbers.items() if getattr(config, name) is None}
+    ignored = describe_ignored(source) or "nothing"
+    return replace(config, **known), f"Images: {describe_images(source)}\nIgnored: {ignored}"
 
 
 def _refuse_options_of_training(argv: list[str]) -> None:

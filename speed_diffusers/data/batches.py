@@ -1,5 +1,6 @@
 """The images that the scripts for the VAE, the classifier and the reference statistics read, and batches of them."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from ..config.schema import Options, option
 from ..errors import InputError
 from . import ImageDataset, ImageSource, collate, open_images
 from .batch_sampler import BatchLayout, BatchOrder
+
+logger = logging.getLogger(__name__)
 
 PRELOAD_BYTES = 2**29
 """Sets of at most this size, decoded, are trained on from memory."""
@@ -26,8 +29,8 @@ class ImageSettings(Options):
         None, "Hub id, or embedded for the images in the package (default without other data)."
     )
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
-    split: str = option("train", "Split to train on; locally where names carry one.")
-    validation_split: str | None = option(None, "Split to measure on; locally where names carry one.")
+    split: str = option("train", "Split to train on, train[:10%] too; locally as names say it.")
+    validation_split: str | None = option(None, "Split to measure on, likewise.")
     train_data_dir: str | None = option(None, "Image folder, parquet folder or file.")
     validation_data_dir: str | None = option(None, "Held-out images, like train_data_dir.")
     image_column: str = option("image", "Column with the images.")
@@ -46,23 +49,24 @@ class ImageSettings(Options):
 
 
 def open_training_images(settings: ImageSettings, *, max_train_samples: int | None = None) -> ImageSource:
-    """The images to train on, all or the first so many."""
+    """The images to train on, all or so many of them."""
     return _open(settings, settings.train_data_dir, settings.split, max_train_samples)
 
 
 def open_validation_images(settings: ImageSettings) -> ImageSource | None:
-    """The held-out images, or None where the settings name none."""
+    """The held-out images, or None where the settings name none.
+
+    Of `validation_data_dir` without a split, what names in it call validation, else test, else all of it.
+    """
     if settings.validation_data_dir is None and settings.validation_split is None:
         return None
-    # local files whose names carry no split count as "train", whatever they are used for
-    data_dir = settings.validation_data_dir or settings.train_data_dir
-    return _open(settings, data_dir, settings.validation_split or "train")
+    return _open(settings, settings.validation_data_dir or settings.train_data_dir, settings.validation_split)
 
 
 def _open(
-    settings: ImageSettings, data_dir: str | None, split: str, max_train_samples: int | None = None
+    settings: ImageSettings, data_dir: str | None, split: str | None, max_train_samples: int | None = None
 ) -> ImageSource:
-    return open_images(
+    source = open_images(
         dataset_name=settings.dataset_name if data_dir is None else None,
         dataset_config_name=settings.dataset_config_name,
         train_data_dir=data_dir,
@@ -72,6 +76,9 @@ def _open(
         cache_dir=settings.cache_dir,
         max_train_samples=max_train_samples,
     )
+    if source.ignored:
+        logger.warning("Not read in '%s': %s.", data_dir, "; ".join(source.ignored))
+    return source
 
 
 def training_batches(

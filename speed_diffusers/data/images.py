@@ -4,7 +4,7 @@ Everything a user can have got wrong is checked here, before the first training 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..assets import EMBEDDED, EMBEDDED_HELD_OUT_IMAGES, EMBEDDED_IMAGES
+from ..assets import EMBEDDED, EMBEDDED_IMAGES
 from ..errors import InputError, unknown_name
+from ..randomness import keyed_seed
 from .decode import load_image
 from .labels import read_labels
 from .local import load_local
@@ -37,6 +38,8 @@ class ImageSource:
     """Name of each class id ("0", "1", ... where the data has integers only); None without classes."""
     fingerprint: str
     """Changes whenever the images, their order or their labels change (for files on disk: path, size or time)."""
+    ignored: tuple[str, ...] = ()
+    """What lies beside the images and is not read: a line for each reason, with how much it is."""
 
     @property
     def num_classes(self) -> int:
@@ -78,7 +81,7 @@ def open_images(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
-    split: str = "train",
+    split: str | None = "train",
     image_column: str = "image",
     label_column: str | None = "label",
     cache_dir: str | None = None,
@@ -92,12 +95,14 @@ def open_images(
         dataset_config_name: Configuration of the Hub data set, where it has several.
         train_data_dir: A folder with one sub-folder of images per class, a folder of parquet files, one parquet file,
             or a folder written by `Dataset.save_to_disk`.
-        split: Which split; for local data only where file or folder names carry one.
+        split: Which split, also a slice or a sum as in `datasets` ("train[:10%]"). On this machine the names of files
+            and folders say the splits (see `splits`), and None, for images to measure on, takes what they call
+            validation, else test, else all.
         image_column: Column with the images.
         label_column: Column with the class (names or integers from 0); None trains without classes.
         cache_dir: Where `datasets` keeps its copies; None for its own default.
         revision: Branch, tag or commit of the Hub data set.
-        max_train_samples: Use the first so many rows only.
+        max_train_samples: Use so many rows only: a random share, the same in every run, in the order of the data.
 
     Raises:
         InputError: For every mistake a user can mend, in one line: unknown or gated data set, unreachable Hub,
@@ -106,19 +111,15 @@ def open_images(
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else f"both (dataset_name=None takes {dataset_name} out)"
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
-    with_classes = label_column is not None
-    if train_data_dir is not None:
-        dataset = load_local(
-            Path(train_data_dir).expanduser(), split=split, with_classes=with_classes, cache_dir=cache_dir
-        )
-    elif dataset_name == EMBEDDED:
-        files = {"train": EMBEDDED_IMAGES, "test": EMBEDDED_HELD_OUT_IMAGES}
-        if split not in files:
-            raise unknown_name("split of the embedded set", split, files)
-        dataset = load_local(files[split], split=split, with_classes=with_classes, cache_dir=cache_dir)
-    else:
-        assert dataset_name is not None
-        dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)
+    if train_data_dir is not None or dataset_name == EMBEDDED:
+        path = EMBEDDED_IMAGES.parent if train_data_dir is None else Path(train_data_dir).expanduser()
+        local = load_local(path, split=split, label_column=label_column, cache_dir=cache_dir)
+        source = from_dataset(local.dataset, image_column, label_column, max_train_samples=max_train_samples)
+        return source if train_data_dir is None else replace(source, ignored=local.ignored)
+    assert dataset_name is not None
+    if split is None:
+        raise InputError(f"'{dataset_name}' is on the Hub: say which split.")
+    dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)
     return from_dataset(dataset, image_column, label_column, max_train_samples=max_train_samples)
 
 
@@ -135,25 +136,35 @@ def from_dataset(
     if len(dataset) == 0:
         raise InputError("The data set has no rows.")
     dataset = dataset.with_format(None)
-    num_rows = min(len(dataset), max_train_samples or len(dataset))
+    rows = _share(len(dataset), max_train_samples)
     if label_column is None:
         labels, names = np.zeros(len(dataset), dtype=np.int64), None
     else:
-        # The whole column, not the first rows only: the number of classes must not depend on max_train_samples.
+        # The whole column, not those rows only: the number of classes must not depend on max_train_samples.
         labels, names = read_labels(dataset, label_column)
     undecoded = _undecoded(dataset, image_column)
-    key = hashlib.sha256(f"{dataset._fingerprint} {image_column} {num_rows} {names}".encode())
-    key.update(labels[:num_rows].tobytes())
+    key = hashlib.sha256(f"{dataset._fingerprint} {image_column} {len(rows)} {names}".encode())
+    key.update(labels[rows].tobytes())
+    if len(rows) < len(dataset):
+        key.update(np.asarray(rows).tobytes())
     source = ImageSource(
-        dataset=undecoded.select(range(num_rows)),
+        dataset=undecoded.select(rows),
         image_column=image_column,
         label_column=label_column,
-        labels=labels[:num_rows],
+        labels=labels[rows],
         label_names=names,
         fingerprint=key.hexdigest()[:32],
     )
     source.load(0, resolution=1)  # text or bytes that are no images show now instead of at the first step
     return source
+
+
+def _share(num_rows: int, limit: int | None) -> npt.NDArray[np.int64] | range:
+    """Ascending row numbers: all, or `limit` at random. The first ones of sorted data would be of one class."""
+    if limit is None or limit >= num_rows:
+        return range(num_rows)
+    shuffled = np.random.default_rng(keyed_seed(0, "max_train_samples", 0)).permutation(num_rows)
+    return np.sort(shuffled[:limit])
 
 
 def _undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:

@@ -1,5 +1,7 @@
 """Class ids and class names from a label column, checked over all rows without touching an image."""
 
+import logging
+
 import datasets
 import numpy as np
 import numpy.typing as npt
@@ -7,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 1_000_000
 """Larger integers in a label column are no class ids (row numbers, hashes, time stamps)."""
@@ -18,7 +22,7 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.
     """Reads a label column as class ids with names.
 
     Names come from the column where it has them; strings (and booleans) are numbered in sorted order; plain integers
-    are taken as class ids and named "0", "1", ...
+    are taken as class ids and named "0", "1", ... A class without a row keeps its id, with a warning.
 
     Args:
         dataset: The data; only `column` is read.
@@ -32,6 +36,22 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.
     """
     if column not in dataset.column_names:
         raise InputError(f"{unknown_name('label column', column, dataset.column_names)} {WITHOUT_CLASSES}.")
+    labels, names = _read(dataset, column)
+    unused = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(unused):
+        first = ", ".join(f"{label} '{names[label]}'" for label in unused[:3])
+        logger.warning(
+            "%s of %s classes in column '%s' have no image (%s%s). They keep their ids; nothing is learned of them.",
+            f"{len(unused):,}",
+            f"{len(names):,}",
+            column,
+            first,
+            ", ..." if len(unused) > 3 else "",
+        )
+    return labels, names
+
+
+def _read(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.int64], list[str]]:
     feature = dataset.features[column]
     values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
     if values.null_count:

@@ -56,13 +56,12 @@ def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | Non
     """
     if config.validation_data_dir is None and config.validation_split is None:
         return None
-    # local files whose names carry no split count as "train", whatever they are used for
     data_dir = config.validation_data_dir or config.train_data_dir
     held_out = open_images(
         dataset_name=config.dataset_name if data_dir is None else None,
         dataset_config_name=config.dataset_config_name,
         train_data_dir=data_dir,
-        split=config.validation_split or "train",
+        split=config.validation_split,
         image_column=config.image_column,
         label_column=config.label_column,
         cache_dir=config.cache_dir,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..assets import EMBEDDED
 from ..config.load import config_dict
+from ..data.listing import describe_ignored, describe_images
 from ..error_bins import ErrorHistory
 from ..errors import InputError
 from ..files import naming_disk_errors
@@ -64,7 +65,8 @@ def describe_plan(inputs: Inputs) -> str:
     side = shape.sample_size
     lines = {
         "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{side}x{side}",
-        "data": f"{len(inputs.source):,} images, {inputs.source.num_classes} classes",
+        "data": describe_images(inputs.source),
+        "ignored": describe_ignored(inputs.source),
         "steps": f"{config.max_train_steps:,} of {layout.global_batch} images ({epochs:.1f} epochs): "
         f"{layout.per_device} per device x {layout.processes} process(es) x {layout.accumulation} accumulated",
         "speed": "{speed_sampling} sampling, {speed_weighting} weighting".format(**config.speed),
@@ -72,7 +74,7 @@ def describe_plan(inputs: Inputs) -> str:
         "draws": shares,
         "output": config.output_dir,
     }
-    return "\n".join(f"{name:>7}: {text}" for name, text in lines.items())
+    return "\n".join(f"{name:>7}: {text}" for name, text in lines.items() if text)
 
 
 def describe_costs(inputs: Inputs) -> str:

@@ -140,8 +140,8 @@ def test_embedded_set_needs_no_network(cache_dir: str) -> None:
     counts = np.bincount(source.labels)
     assert counts.min() == counts.max() >= 800
     assert source.load(0, 32).shape == (32, 32, 3)
-    with pytest.raises(InputError, match="embedded"):
-        open_images(dataset_name="embedded", split="test", cache_dir=cache_dir)
+    with pytest.raises(InputError, match="Unknown split 'val'.*Allowed: test, train"):
+        open_images(dataset_name="embedded", split="val", cache_dir=cache_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,6 +158,7 @@ def test_exactly_one_place_must_be_given() -> None:
 def test_missing_or_useless_folders_are_told(tmp_path: Path) -> None:
     class_folder(tmp_path / "hole", {"cat/1.png": 1})
     (tmp_path / "hole" / "dog").mkdir()
+    (tmp_path / "hole" / "dog" / "1.heic").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.parquet").write_text("version https://git-lfs.github.com/spec/v1")
@@ -165,7 +166,7 @@ def test_missing_or_useless_folders_are_told(tmp_path: Path) -> None:
         "nowhere": "No such file or folder: '.*nowhere'",
         "empty": r"No images in '.*empty'.*one sub-folder of images per class, or \*.parquet files",
         "notes.txt": "is a file but not",
-        "hole": "Every sub-folder is a class, but '.*dog' has no images",
+        "hole": r"Every sub-folder .*hole' is a class, but 'dog' has no images, only other files: 1 \(.heic 1\)",
         "broken.parquet": "Cannot read the parquet data in '.*broken.parquet': .*[Pp]arquet",
     }
     for name, message in expected.items():

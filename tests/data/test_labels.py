@@ -34,6 +34,21 @@ def test_plain_integers_are_class_ids_named_by_their_number() -> None:
     assert source.label_names == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2, 3, 1, 2, 3], "1 of 4 classes in column 'label' have no image (0 '0')."),
+        ([1999, 2000, 2001, 2001, 2000, 1999], "1,999 of 2,002 classes in column 'label' have no image (0 '0', 1 '1'"),
+    ],
+)
+def test_labels_that_skip_numbers_warn(labels: list[object], message: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = from_dataset(image_dataset(labels))
+    assert source.labels.tolist() == labels and message in caplog.text
+    caplog.clear()
+    from_dataset(image_dataset([0, 1, 2, 0, 1, 2]))
+    assert caplog.text == ""
+
+
 def test_booleans_are_two_classes() -> None:
     source = from_dataset(image_dataset([True, False, True, True, False, True], datasets.Value("bool")))
     assert source.label_names == ["false", "true"]
@@ -66,13 +81,20 @@ def test_bad_labels_are_told_with_the_way_out(kind: str) -> None:
         from_dataset(image_dataset(labels, feature))
 
 
-def test_prefix_is_the_first_rows_and_does_not_change_the_classes() -> None:
-    dataset = image_dataset([0, 1, 2, 3, 4, 5])
-    whole, part = from_dataset(dataset), from_dataset(dataset, max_train_samples=2)
-    assert (len(part), part.num_classes, part.labels.tolist()) == (2, 6, [0, 1])
-    np.testing.assert_array_equal(part.load(1, 8), whole.load(1, 8))
-    assert len(from_dataset(dataset, max_train_samples=99)) == 6
-    assert part.fingerprint != whole.fingerprint
+def test_a_share_of_sorted_data_is_of_all_classes_and_does_not_change_them() -> None:
+    dataset = image_dataset([label for label in range(4) for _ in range(10)], count=40)
+    whole, part = from_dataset(dataset), from_dataset(dataset, max_train_samples=20)
+    assert (len(part), part.num_classes, set(part.labels.tolist())) == (20, 4, {0, 1, 2, 3})
+    again = from_dataset(dataset, max_train_samples=20)
+    assert again.fingerprint == part.fingerprint != whole.fingerprint
+    for row in range(20):
+        np.testing.assert_array_equal(part.load(row, 8), again.load(row, 8))
+    assert part.labels.tolist() == sorted(part.labels.tolist())  # in the order of the data
+    assert len(from_dataset(dataset, max_train_samples=99)) == 40
+    # Without classes there is an order too, that of the folders.
+    flat = from_dataset(dataset, label_column=None, max_train_samples=3)
+    assert flat.fingerprint != from_dataset(dataset.select(range(3)), label_column=None).fingerprint
+    assert sum(np.array_equal(flat.load(row, 8), whole.load(row, 8)) for row in range(3)) < 3
     with pytest.raises(InputError, match="max_train_samples must be at least 1"):
         from_dataset(dataset, max_train_samples=0)
 

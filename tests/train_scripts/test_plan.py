@@ -1,6 +1,7 @@
 """The plan: printed numbers against formulas by hand, every registered strategy, its picture, and wrong input."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_gradient_checkpointing_and_unknown_data_show_in_the_costs() -> None:
     assert "GPU hours" not in describe_cost(again)
     known = training_cost(load_config(PlanConfig, [*options, "num_images=1000"], SCRIPT_DIR))
     assert known.cache_bytes == 1000 * 32768
+
+
+def test_own_images_are_listed_and_counted(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    for name in ("train", "test"):
+        shutil.copytree(image_folder, folder / name)
+    options = [f"train_data_dir={folder}", "dataset_name=None", "pretrained_vae_model_name_or_path=embedded"]
+    printed = plan([*XL, *options, "max_train_samples=20"], tmp_path, capsys)
+    assert "20 images, 2 classes (0 'cat' to 1 'dog')" in printed and "split 'test': 26 images" in printed
+    assert "latent cache" in printed and "20 images x 2 moments" in printed
+    with pytest.raises(InputError, match="Unknown split 'vat'"):
+        plan([*XL, *options, "dataset_split=vat"], tmp_path, capsys)
 
 
 def test_the_default_plans_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Pat
     for name in ("model", "ema", "optimizer"):
         file = Path("checkpoint-12") / f"{name}.safetensors"
         assert (broken / file).read_bytes() == (whole / file).read_bytes()
-    with pytest.raises(InputError, match="Unknown split of the embedded set 'tset'. Did you mean 'test'"):
+    with pytest.raises(InputError, match="Unknown split 'tset'. Did you mean 'test'"):
         train(tmp_path / "other", *options[:3], "validation_split=tset")
     with pytest.raises(InputError, match="its 10 classes are not, in this order, the 2 of the training"):
         train(tmp_path / "other", f"validation_data_dir={EMBEDDED_HELD_OUT_IMAGES}")
