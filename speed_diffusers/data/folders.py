@@ -120,10 +120,10 @@ def _class_rows(
     if loose:
         ignored.append(f"beside the class folders: {number(loose, 'image')}")
     with_images = {name for _, name in files}
-    for name in classes:
+    for name in (name for name in classes if name not in with_images):
         inside = [folder for folder in found.folders if name in folder.parts[:2]]
-        others = "" if name in with_images or any(folder.images for folder in inside) else count_others(inside)
-        if others:
+        others = count_others(inside)
+        if others and not any(folder.images for folder in inside):
             raise InputError(
                 f"Every sub-folder of '{shown(root)}' is a class, but '{shown(name)}' has no images, only other "
                 f"files: {others}. Convert them, or put the folder elsewhere if it is no class."
