@@ -12,6 +12,7 @@ from ..config.schema import Options, option
 from ..errors import InputError
 from . import ImageDataset, ImageSource, collate, open_images
 from .batch_sampler import BatchLayout, BatchOrder
+from .workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,12 @@ def _load(
     source: ImageSource, settings: ImageSettings, order: BatchOrder | list[list[int]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     dataset = ImageDataset(source, resolution=settings.resolution)
-    loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=settings.num_workers)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=settings.num_workers,
+        worker_init_fn=end_with_parent,
+    )
     for batch in loader:
         yield batch["pixel_values"].float() / 255, batch["labels"]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ..data.batch_sampler import BatchOrder
 from ..data.images import ImageDataset, collate
 from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
+from ..data.workers import end_with_parent
 from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
 from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
@@ -166,6 +167,7 @@ def make_loader(
         ),
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=end_with_parent,
         multiprocessing_context=worker_context() if config.dataloader_num_workers else None,
         pin_memory=inputs.accelerator.device.type == "cuda",
         # Its own generator: an iterator would otherwise take its workers' seed from torch's global one.
