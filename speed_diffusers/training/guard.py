@@ -1,10 +1,12 @@
 """Stops an optimizer at the first non-finite gradient without asking the device in every step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+_NAMED = 8
 
 
 class NonFiniteGuard:
@@ -21,18 +23,53 @@ class NonFiniteGuard:
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._found = torch.zeros((), device=device)
         self._step = torch.zeros((), device=device)
+        self._images: list[Tensor] = []
         optimizer.found_inf = self._found  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def observe(self, grad_norm: Tensor, step: int) -> None:
-        """Raises the flag if the norm of all gradients is not finite; call it before the optimizer's step."""
+    def observe(self, grad_norm: Tensor, step: int, images: Sequence[Tensor] = ()) -> None:
+        """Raises the flag if the norm of all gradients is not finite; call it before the optimizer's step.
+
+        Args:
+            grad_norm: Scalar, the same on every process; no DTensor.
+            step: The step's number, from 1.
+            images: What to know of this process's images if the step is the first bad one, one tensor a batch, of the
+                same shapes in every step.
+        """
         bad = (~torch.isfinite(grad_norm)).float()
-        self._step += bad * (1.0 - self._found) * step
+        is_first = bad * (1.0 - self._found)
+        self._step += is_first * step
         torch.maximum(self._found, bad, out=self._found)
+        kept = self._images or images
+        self._images = [torch.where(is_first > 0, new, old) for new, old in zip(images, kept, strict=True)]
 
     def failed_step(self) -> int | None:
         """The step whose gradients were not finite, or None. Waits for the device."""
         return int(self._step.item()) if self._found.item() else None
+
+    def failed_images(self) -> Tensor:
+        """What `observe` was told of the images of the failed step, all batches in one."""
+        return torch.cat(self._images)
+
+
+def describe_images(timesteps: Tensor, errors: Tensor) -> str:
+    """Which images of a step whose gradients are not finite had errors that are not finite either, as a sentence.
+
+    Args:
+        timesteps: (processes, images), at which the step trained.
+        errors: The same shape, their losses.
+    """
+    found = (~torch.isfinite(errors)).nonzero().tolist()
+    if not found:
+        return f"All its losses were finite, at timesteps {timesteps.min():g} to {timesteps.max():g}."
+    by_rank: dict[int, list[str]] = {}
+    for rank, image in found:
+        by_rank.setdefault(rank, []).append(f"{timesteps[rank, image]:g}")
+    named = [
+        f"rank {rank} at timesteps {', '.join(at[:_NAMED])}" + f" and {len(at) - _NAMED} more" * (len(at) > _NAMED)
+        for rank, at in list(by_rank.items())[:_NAMED]
+    ]
+    return f"{len(found)} of its {errors.numel()} losses were not finite: {'; '.join(named)}."
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

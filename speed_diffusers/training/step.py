@@ -28,6 +28,11 @@ class MicroStep:
     result: DenoisingLoss
     timesteps: Tensor
 
+    def by_image(self) -> Tensor:
+        """float32 (B, 2): timestep and loss of each image, the variance term included."""
+        losses, bits = self.result.squared_error, self.result.variance_bits
+        return torch.stack((self.timesteps.float(), losses if bits is None else losses + bits), -1)
+
 
 @dataclass(frozen=True)
 class TrainedStep:
@@ -75,7 +80,7 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
                 micro_steps.append(_learn(run, step, batch, draws.part(layout.span(index))))
         with labelled("gradient norm"):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), max_norm)
-            run.guard.observe(grad_norm, step + 1)
+            run.guard.observe(grad_norm, step + 1, [micro_step.by_image() for micro_step in micro_steps])
         with labelled("optimizer"):
             run.optimizer.step()
             run.optimizer.zero_grad()

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
 from ..files import naming_disk_errors
+from .guard import describe_images
 from .profiling import labelled
 from .run import TrainingRun
 from .run_folder import LOGGING_FOLDER, METRICS_FILE
@@ -138,14 +139,18 @@ class StepLog:
         """Ends a run whose gradients were not finite, before anything of it is saved.
 
         Raises:
-            FloatingPointError: With the step.
+            FloatingPointError: With the step, and the images whose losses were not finite, by rank and timestep.
         """
-        failed_step = self.run.guard.failed_step()
+        guard, accelerator = self.run.guard, self.run.accelerator
+        failed_step = guard.failed_step()
         if failed_step is not None:
             self.close()
+            # All processes have seen the same norm, so all of them come here.
+            timesteps, errors = accelerator.gather(guard.failed_images()[None]).cpu().unbind(-1)
             raise FloatingPointError(
-                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. Resume from "
-                "the last checkpoint with a lower learning_rate or max_grad_norm=1."
+                f"The gradients of step {failed_step} are not finite; nothing was applied from then on. "
+                f"{describe_images(timesteps, errors)} Resume from the last checkpoint with a lower learning_rate or "
+                "max_grad_norm=1."
             )
 
     @contextmanager
