@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..data.latents import sample_latents
 from ..errors import InputError
@@ -80,6 +81,8 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
                 micro_steps.append(_learn(run, step, batch, draws.part(layout.span(index))))
         with labelled("gradient norm"):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), max_norm)
+            if isinstance(grad_norm, DTensor):  # of a sharded model
+                grad_norm = grad_norm.full_tensor()
             run.guard.observe(grad_norm, step + 1, [micro_step.by_image() for micro_step in micro_steps])
         with labelled("optimizer"):
             run.optimizer.step()

@@ -1,19 +1,29 @@
-"""Checkpoints of a model sharded by FSDP2, as far as one process on a CPU can show them."""
+"""A model sharded by FSDP2, as far as CPUs can show it."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from run_outputs import final_tensors, metrics
+from speed_diffusers.errors import InputError
 from speed_diffusers.models import build_dit, export_transformer
+from speed_diffusers.training import parts
 from speed_diffusers.training.checkpoints import full_tensors
+from speed_diffusers.training.config import TrainConfig
 from tiny_run import DIT, Run
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -50,3 +60,44 @@ def test_a_sharded_run_saves_whole_tensors_and_goes_on_exactly(tmp_path: Path) -
     plain.load(folder)
     assert plain.train(3) == pytest.approx(expected, rel=1e-6)
     export_transformer(run.model.transformer.config, full_tensors(run.ema.state_dict()))
+
+
+def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
+    train: Callable[..., Path], tiny_options: list[str], tmp_path: Path
+) -> None:
+    short = ["max_train_steps=4", "checkpointing_steps=2", "lr_warmup_steps=1", "num_validation_images=1"]
+    alone = train(tmp_path / "alone", *short)
+    given = ("output_dir", "train_batch_size", *(option.split("=")[0] for option in short))
+    kept = [option for option in tiny_options if not option.startswith(given)] + short[1:]
+    runs = {
+        "sharded": ["train_batch_size=2", "max_train_steps=4"],
+        "taken-over": ["train_batch_size=1", "max_train_steps=4", f"resume_from_checkpoint={alone / 'checkpoint-2'}"],
+        "bf16": ["train_batch_size=2", "max_train_steps=1", "mixed_precision=bf16"],
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(TESTS / "sharded_training.py"), str(tmp_path)]
+    for name, options in runs.items():
+        command += [*kept, f"output_dir={tmp_path / name}", *options, "--"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command[:-1], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    back = train(tmp_path / "back", *short, f"resume_from_checkpoint={tmp_path / 'sharded' / 'checkpoint-2'}")
+    expected = final_tensors(alone, 4)
+    for folder in (tmp_path / "sharded", tmp_path / "taken-over", back):
+        for mine, line in zip(reversed(metrics(folder)), reversed(metrics(alone)), strict=False):
+            assert (mine["step"], mine["loss"]) == (line["step"], pytest.approx(line["loss"], rel=1e-4))
+            assert mine["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+        found = final_tensors(folder, 4)
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+        assert (folder / "pipeline" / "model_index.json").is_file()
+    assert metrics(tmp_path / "bf16")[0]["loss"] == pytest.approx(metrics(alone)[0]["loss"], rel=0.02)
+
+
+def test_timesteps_of_a_flow_are_not_rounded_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(mixed_precision="bf16", distributed_type=DistributedType.FSDP, num_processes=1)
+    monkeypatch.setattr(parts, "Accelerator", lambda **options: made)
+    assert parts.make_accelerator(TrainConfig()) is made
+    with pytest.raises(InputError, match="mixed_precision=bf16 prediction_type=flow_prediction: FSDP"):
+        parts.make_accelerator(TrainConfig(prediction_type="flow_prediction"))
