@@ -152,6 +152,9 @@ class TrainConfig(_WithSpeeD):
         None, "Decay of the EMA weights; None: half-life of 5 % of the run.", interval="[0, 1)"
     )
     mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
+    ddp_timeout: int = option(
+        600, "Seconds that a process waits for the others before the run ends.", interval="[1, 604800]", free=True
+    )
     allow_tf32: bool = option(True, "Let NVIDIA GPUs round float32 matrix products to TF32.")
     seed: int = option(0, "Seed of everything random.", interval="[0, 2^63)")
 

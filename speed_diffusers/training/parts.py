@@ -1,11 +1,13 @@
 """The parts of a run, each made and checked from the options alone."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import PartialState
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL
 
@@ -206,8 +208,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     folder = Path(config.output_dir)
+    cpu = not torch.accelerator.is_available()
+    # InitProcessGroupKwargs would leave out what happens to be NCCL's default, and gloo has another.
+    PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=config.mixed_precision,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGGING_FOLDER)),

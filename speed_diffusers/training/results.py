@@ -112,6 +112,7 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
     Raises:
         FloatingPointError: Parameters, EMA weights or moments are not finite; nothing has been written.
     """
+    run.ranks.at(step, "checkpoint")
     moments = {
         f"moments {index}/{name}": value
         for index, values in enumerate(run.optimizer.optimizer.state.values())
@@ -138,7 +139,7 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
     )
     if run.accelerator.is_main_process:
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
-    run.accelerator.wait_for_everyone()
+    run.ranks.meet()
 
 
 def check_finite(run: TrainingRun, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -164,13 +165,14 @@ def ema_tensors(run: TrainingRun) -> dict[str, Tensor]:
 @labelled("validation")
 def validate(run: TrainingRun, step: int) -> None:
     """A grid of images of the same noise and classes as ever, and the loss on held-out images, of the EMA weights."""
+    run.ranks.at(step, "validation")
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         folder = run.output_dir / VALIDATION_FOLDER
         folder.mkdir(exist_ok=True)
         save_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
         save_validation_loss(run, pipeline, step)
-    run.accelerator.wait_for_everyone()
+    run.ranks.meet()
 
 
 def save_validation_loss(run: TrainingRun, pipeline: DiTPipeline, step: int) -> None:
@@ -195,6 +197,7 @@ def save_results(run: TrainingRun) -> None:
         OSError: The disk is full or not writable; with the path and the bytes.
     """
     began = time.perf_counter()
+    run.ranks.at(run.config.max_train_steps, "results")
     check_finite(run, run.config.max_train_steps, ema_tensors(run))
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
@@ -216,7 +219,7 @@ def save_results(run: TrainingRun) -> None:
         )
         if config.num_score_images is not None:
             save_final_score(run, pipeline)
-    run.accelerator.wait_for_everyone()
+    run.ranks.meet()
 
 
 def score_settings(config: TrainConfig, device: torch.device) -> ScoreSettings:

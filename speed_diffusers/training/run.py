@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .ema import ExponentialMovingAverage
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
+from .ranks import Ranks
 from .run_folder import LOGGING_FOLDER
 from .validation import ValidationSet
 
@@ -51,6 +52,7 @@ class TrainingRun:
 
     config: TrainConfig
     accelerator: Accelerator
+    ranks: Ranks
     scheduler: TrainingScheduler
     learned_variance: LearnedVariance | None
     feedback: ErrorFeedback | None
@@ -93,6 +95,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Ends the trackers and lets go of the run's folder."""
+        self.ranks.close()
         try:
             with naming_disk_errors(self.output_dir / LOGGING_FOLDER):
                 self.accelerator.end_training()

@@ -36,6 +36,7 @@ from .parts import (
     open_held_out,
     set_learning_rate,
 )
+from .ranks import Ranks
 from .results import score_settings, tracker_config
 from .run import Inputs, TrainingRun
 from .run_folder import check_output_dir, check_resumed_config, open_output_dir
@@ -85,7 +86,10 @@ def check_inputs(config: TrainConfig) -> Inputs:
 def start_run(inputs: Inputs) -> TrainingRun:
     """Builds every part of a run, restores its checkpoint, and, last of all, makes its folder."""
     config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
+    ranks = Ranks.of(accelerator, config.ddp_timeout)
     dataset = make_dataset(inputs)
+    # Machines with caches of their own take their own time.
+    ranks.meet()
     optimizer = make_optimizer(config, inputs.core, accelerator.device)
     model, optimizer = accelerator.prepare(inputs.core, optimizer)
     core = accelerator.unwrap_model(model)
@@ -107,13 +111,15 @@ def start_run(inputs: Inputs) -> TrainingRun:
     feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
     if feedback is not None and inputs.checkpoint is not None:
         feedback.load_state_dict(load_learned(inputs.checkpoint), is_main_process=accelerator.is_main_process)
-    lock = None
+    lock = validation = None
     if accelerator.is_main_process:
+        validation = encode_held_out(inputs)
         lock = open_output_dir(config, layout.accumulation, inputs.checkpoint, inputs.source.label_names)
-    accelerator.wait_for_everyone()
+    ranks.meet()
     return TrainingRun(
         config=config,
         accelerator=accelerator,
+        ranks=ranks,
         scheduler=scheduler,
         learned_variance=make_learned_variance(config, scheduler, accelerator.device),
         feedback=feedback,
@@ -131,7 +137,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         seconds=seconds,
         log=log,
         identity=inputs.identity,
-        validation=encode_held_out(inputs) if accelerator.is_main_process else None,
+        validation=validation,
         lock=lock,
     )
 

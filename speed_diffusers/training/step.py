@@ -74,11 +74,14 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
         draws = draws_of(run, step)
         micro_steps = []
         for index in range(layout.accumulation):
+            run.ranks.at(step + 1, "data")
             with labelled("data"):
                 batch = next(batches)
+            run.ranks.at(step + 1, "forward and backward")
             # Gradients travel between processes once per optimizer step.
             with nullcontext() if index == layout.accumulation - 1 else accelerator.no_sync(run.model):
                 micro_steps.append(_learn(run, step, batch, draws.part(layout.span(index))))
+        run.ranks.at(step + 1, "update")
         with labelled("gradient norm"):
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), max_norm)
             if isinstance(grad_norm, DTensor):  # of a sharded model
@@ -93,6 +96,7 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
             run.ema.update()
         if run.feedback is not None:
             run.feedback.advance(step + 1, run.summed)
+        run.ranks.at(step + 1, "logging")
         yield TrainedStep(step + 1, step + 1 == config.max_train_steps, micro_steps, grad_norm)
 
 

@@ -1,0 +1,176 @@
+"""What the processes of a run know of one another besides tensors: where each of them is, and who holds up the rest.
+
+A collective that times out does not say which rank did not come. So every rank keeps its place in the store by which
+the process group was made, and reads there who is behind.
+"""
+
+import json
+import logging
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+
+from accelerate import Accelerator
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
+
+logger = logging.getLogger(__name__)
+
+MEETING = "waiting for all"
+"""The part of a step at which a rank is while it waits in `Ranks.meet`."""
+
+_PERIODS_OF_SILENCE = 3
+_RANKS_NAMED = 8
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        number: Of the places that it has come to; all ranks come to the same ones.
+        step: Optimizer step at hand, from 1; 0 before the first.
+        part: What of the step.
+        beat: How often the rank has told where it is.
+    """
+
+    number: int = 0
+    step: int = 0
+    part: str = "start"
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.part})"
+
+
+class Ranks:
+    """Keeps each rank's place known to the others, and warns who holds up a run that stands still.
+
+    To note its place costs a rank nothing: a thread tells the others, some 16 times within the timeout.
+
+    Args:
+        rank: Of this process.
+        size: How many there are.
+        store: What they share; None for one process, which has nobody to tell.
+        timeout: Seconds after which the process group ends a collective; the warning comes after half of them.
+    """
+
+    def __init__(self, rank: int, size: int, store: Store | None, timeout: float) -> None:
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
+        self.period = min(10.0, timeout / 16)
+        self._place, self._since, self._beat, self._warned_at = Place(), time.monotonic(), 0, -1
+        self._meetings = 0
+        self._closed = threading.Event()
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, timeout: float) -> "Ranks":
+        """Those of accelerate's process group, with the thread that tells; every process must call it."""
+        store, number = None, next(_numbers)
+        if accelerator.num_processes > 1:
+            store = PrefixStore(f"speed_diffusers {number}", _get_default_store())
+        ranks = cls(accelerator.process_index, accelerator.num_processes, store, timeout)
+        if store is not None:
+            threading.Thread(target=ranks._tell_and_look, name="ranks", daemon=True).start()
+        return ranks
+
+    def at(self, step: int, part: str) -> None:
+        """Notes the place to which this rank has come; all ranks must come to the same ones.
+
+        Args:
+            step: Optimizer step at hand, from 1.
+            part: What of it, in a word or two.
+        """
+        self._place = Place(self._place.number + 1, step, part)
+        self._since = time.monotonic()
+
+    def meet(self) -> None:
+        """Waits for all ranks, however long one of them works alone: in a collective they would time out.
+
+        Raises:
+            TimeoutError: A rank has given no sign of life for the timeout.
+        """
+        if self.store is None:
+            return
+        self.at(self._place.step, MEETING)
+        self._meetings += 1
+        key = f"meeting {self._meetings}"
+        self.store.add(key, 1)
+        looked = self._since
+        while self.store.add(key, 0) < self.size:
+            # Rarely once it takes long, for the store is one process.
+            time.sleep(min(1.0, 0.01 + (time.monotonic() - self._since) / 20))
+            if time.monotonic() - looked > self.timeout:
+                places, silent = self._look_around()
+                if silent:
+                    raise TimeoutError(_no_sign_of_life(places, silent))
+                looked = time.monotonic()
+
+    def tell(self) -> None:
+        """Puts this rank's place into the store."""
+        assert self.store is not None
+        self._beat += 1
+        self.store.set(str(self.rank), json.dumps(asdict(replace(self._place, beat=self._beat))))
+
+    def warning(self) -> str | None:
+        """Who holds up the run; None if it goes on, this rank has said so already, or a lower one will."""
+        place, waited = self._place, time.monotonic() - self._since
+        if waited < self.timeout / 2 or place.number == self._warned_at:
+            return None
+        self._warned_at = place.number
+        places, silent = self._look_around()
+        if self.rank != min(rank for rank in range(self.size) if rank not in silent):
+            return None
+        ending = f" After ddp_timeout={self.timeout:g} s of waiting the run ends."
+        if silent:
+            return _no_sign_of_life(places, silent) + ending
+        last = min(each.number for each in places)
+        behind = [rank for rank, each in enumerate(places) if each.number == last]
+        if len(behind) == self.size:
+            return f"All ranks stand still at {place} for {waited:.0f} s: a device or the network is stuck.{ending}"
+        ahead = next(each for each in places if each.number > last)
+        if ahead.part == MEETING:  # of which there is no end
+            ending = ""
+        verb = "hold" if len(behind) > 1 else "holds"
+        return f"{_named(behind)} {verb} up the run at {places[behind[0]]}; others wait at {ahead}.{ending}"
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+
+    def _tell_and_look(self) -> None:
+        try:
+            self.tell()
+            while not self._closed.wait(self.period):
+                self.tell()
+                if warning := self.warning():
+                    logger.warning(warning)
+        except RuntimeError:
+            # The store has ended, and with it the run.
+            return
+
+    def _look_around(self) -> tuple[list[Place], list[int]]:
+        """The places of all ranks, and the ranks that have told nothing for three periods."""
+        before = self._places()
+        for _ in range(_PERIODS_OF_SILENCE):
+            self._closed.wait(self.period)
+            self.tell()
+        places = self._places()
+        return places, [
+            rank for rank, (old, new) in enumerate(zip(before, places, strict=True)) if old.beat == new.beat
+        ]
+
+    def _places(self) -> list[Place]:
+        assert self.store is not None
+        keys = [str(rank) for rank in range(self.size)]
+        return [Place(**json.loads(self.store.get(key))) if self.store.check([key]) else Place() for key in keys]
+
+
+def _named(ranks: list[int]) -> str:
+    more = " ..." if len(ranks) > _RANKS_NAMED else ""
+    return f"Rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_RANKS_NAMED]))}{more}"
+
+
+def _no_sign_of_life(places: list[Place], silent: list[int]) -> str:
+    return f"{_named(silent)}: no sign of life; last seen at {places[silent[0]]}."
