@@ -203,7 +203,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         InputError: The launcher asks for what would not happen or do harm: fp16, more processes than accelerate sees,
-            a flow whose timesteps FSDP would round.
+            a flow whose timesteps FSDP would round, an optimizer whose matrices it would shard.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -222,12 +222,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError("DeepSpeed is not supported; to shard a model take accelerate_configs/fsdp2.yaml.")
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and accelerator.mixed_precision == "bf16" and config.prediction_type == FLOW_PREDICTION:
-        raise InputError(
-            "mixed_precision=bf16 prediction_type=flow_prediction: FSDP would round a flow's timesteps to 8 bits; "
-            "take mixed_precision=no, or accelerate_configs/multi_gpu.yaml."
-        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        instead = "or accelerate_configs/multi_gpu.yaml"
+        if accelerator.mixed_precision == "bf16" and config.prediction_type == FLOW_PREDICTION:
+            raise InputError(
+                "mixed_precision=bf16 prediction_type=flow_prediction: FSDP would round a flow's timesteps to 8 bits; "
+                f"take mixed_precision=no, {instead}."
+            )
+        if config.optimizer != "adamw":
+            raise InputError(
+                f"optimizer={config.optimizer}: works on whole matrices, which FSDP shards; take optimizer=adamw, "
+                f"{instead}."
+            )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(

@@ -111,7 +111,8 @@ def start_run(inputs: Inputs) -> TrainingRun:
     feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
     if feedback is not None and inputs.checkpoint is not None:
         feedback.load_state_dict(load_learned(inputs.checkpoint), is_main_process=accelerator.is_main_process)
-    lock = validation = None
+    lock = None
+    validation = None
     if accelerator.is_main_process:
         validation = encode_held_out(inputs)
         lock = open_output_dir(config, layout.accumulation, inputs.checkpoint, inputs.source.label_names)

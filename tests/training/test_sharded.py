@@ -95,9 +95,11 @@ def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
     assert metrics(tmp_path / "bf16")[0]["loss"] == pytest.approx(metrics(alone)[0]["loss"], rel=0.02)
 
 
-def test_timesteps_of_a_flow_are_not_rounded_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fsdp_would_do_harm_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(mixed_precision="bf16", distributed_type=DistributedType.FSDP, num_processes=1)
     monkeypatch.setattr(parts, "Accelerator", lambda **options: made)
     assert parts.make_accelerator(TrainConfig()) is made
     with pytest.raises(InputError, match="mixed_precision=bf16 prediction_type=flow_prediction: FSDP"):
         parts.make_accelerator(TrainConfig(prediction_type="flow_prediction"))
+    with pytest.raises(InputError, match="optimizer=muon: works on whole matrices, which FSDP shards"):
+        parts.make_accelerator(TrainConfig(optimizer="muon"))
