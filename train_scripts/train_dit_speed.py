@@ -24,7 +24,7 @@ from speed_diffusers.training.results import (
     describe_plan,
     save_results,
     save_state,
-    tracker_config,
+    start_trackers,
     validate,
 )
 from speed_diffusers.training.run import TrainingRun
@@ -32,7 +32,6 @@ from speed_diffusers.training.setup import check_inputs, start_run
 from speed_diffusers.training.step import training_steps
 from speed_diffusers.training.step_log import StepLog
 from speed_diffusers.training.stop_request import StopRequest
-from speed_diffusers.training.tracking import tracker_options
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
         inputs.accelerator.print(f"\n{describe_costs(inputs)}")
         return
     run = start_run(inputs)
-    run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config), tracker_options(run.first_step))
+    start_trackers(run)
     try:
         with StopRequest() as stop:
             stopped_by = train(run, stop)

@@ -43,7 +43,7 @@ from .run_folder import (
     VALIDATION_FOLDER,
     repeatable,
 )
-from .tracking import MetricsFile, read_metrics
+from .tracking import MetricsFile, read_metrics, tracker_options
 from .validation import pipeline_validation_loss
 
 PRIVATE_OPTIONS = ("train_data_dir", "validation_data_dir", "cache_dir", "output_dir")
@@ -98,6 +98,15 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in config_dict(config).items()
     }
+
+
+def start_trackers(run: TrainingRun) -> None:
+    """Starts the trackers of a run, and tells them its options and where it begins."""
+    config = run.config
+    with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
+        run.accelerator.init_trackers(
+            config.tracker_project_name, tracker_config(config), tracker_options(run.first_step)
+        )
 
 
 @labelled("checkpoint")

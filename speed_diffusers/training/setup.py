@@ -37,7 +37,7 @@ from .parts import (
     set_learning_rate,
 )
 from .ranks import Ranks
-from .results import score_settings, tracker_config
+from .results import score_settings, start_trackers
 from .run import Inputs, TrainingRun
 from .run_folder import check_output_dir, check_resumed_config, open_output_dir
 from .tracking import check_trackers
@@ -234,7 +234,7 @@ def temporary_run(
             overwrite_output_dir=False,
         )
         run = start_run(change(check_inputs(config)))
-        run.accelerator.init_trackers(config.tracker_project_name, tracker_config(config))
+        start_trackers(run)
         try:
             yield run
         finally:

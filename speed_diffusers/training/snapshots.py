@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 from diffusers import DiTPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..assets import EMBEDDED
@@ -212,13 +213,13 @@ def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:
     """Replaces a pipeline's transformer by that of a checkpoint.
 
     Raises:
-        InputError: The checkpoint is of another model.
+        InputError: The checkpoint is damaged, or of another model.
     """
-    state = load_file(checkpoint / WEIGHTS[weights])
     try:
+        state = load_file(checkpoint / WEIGHTS[weights])
         transformer = export_transformer(pipeline.transformer.config, state)
-    except RuntimeError as error:
-        raise InputError(f"{checkpoint} is a checkpoint of another model than its run's.") from error
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{checkpoint / WEIGHTS[weights]} is damaged, or of another model than its run's.") from error
     cast(Any, pipeline).register_modules(transformer=transformer)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from speed_diffusers.training.checkpoint_folders import list_checkpoints
 from speed_diffusers.training.config import TrainConfig
 from speed_diffusers.training.run_folder import open_output_dir
 from speed_diffusers.training.setup import worker_context
+from tiny_run import saved_steps
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
@@ -38,6 +40,15 @@ def test_what_a_killed_start_left_is_removed_by_the_next(tmp_path: Path) -> None
     lock.release()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".tmp-*"))
     assert left == ["mine/.tmp-pipeline-1"]
+
+
+def test_a_checkpoint_too_many_is_pruned_by_the_next_start(tmp_path: Path) -> None:
+    saved_steps(tmp_path, 5, 10)
+    config = TrainConfig(output_dir=str(tmp_path), checkpoints_total_limit=1)
+    lock = open_output_dir(config, 1, tmp_path / "checkpoint-10", None)
+    assert lock is not None
+    lock.release()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
 def test_workers_start_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:

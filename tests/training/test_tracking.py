@@ -1,12 +1,17 @@
 """metrics.jsonl and the check of trackers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import write_text
+from speed_diffusers.reports.plots import save_class_grid
 from speed_diffusers.training.tracking import MetricsFile, check_trackers, read_metrics
+from tiny_run import file_size_limit
 
 
 def steps_in(path: Path) -> list[int]:
@@ -46,6 +51,20 @@ def test_a_bad_line_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixt
     caplog.clear()
     path.write_bytes(path.read_bytes() + b'{"step": 9')
     assert [line["step"] for line in read_metrics(path)] == [1, 7, 8] and not caplog.records, "a kill's torn end"
+
+
+def test_a_full_disk_is_named_whatever_is_written(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    writers: dict[str, Callable[[], None]] = {
+        "metrics.jsonl": lambda: metrics.write({"step": 1, "loss": 0.12345678}),
+        "samples.png": lambda: save_class_grid(images, ["a", "b"], "title", tmp_path / "samples.png"),
+        "score.json": lambda: write_text(tmp_path / "score.json", "x" * 1000),
+    }
+    for name, write in writers.items():
+        with file_size_limit(20), pytest.raises(OSError, match=rf"Could not write {tmp_path}/{name}: .*\d free\)$"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "no half of a file"
 
 
 def test_trackers_are_checked_before_anything_starts() -> None:
