@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import host_work
+import kills
 import measurement
 import step_time
 from speed_diffusers.errors import InputError
@@ -153,6 +156,55 @@ def test_the_two_calls_leave_the_global_randomness_alone() -> None:
     times = step_time.call_times(SpeeDDDPMScheduler(), 8, 20, seed=0)
     assert all(value > 0 for value in times.values())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_a_killed_run_is_held_against_the_other_bit_by_bit(train: Callable[..., Path], tmp_path: Path) -> None:
+    first = train(tmp_path / "first", "report_to=tensorboard", "max_train_steps=5", "logging_steps=2")
+    second = shutil.copytree(first, tmp_path / "second")
+    checkpoint = second / "checkpoint-5"
+    for path, old, new in (
+        (second / "metrics.jsonl", '"seconds": ', '"seconds": 1'),
+        (checkpoint / "state.json", str(first), str(second)),
+        (second / "config.yaml", str(first), str(second)),
+    ):
+        change(path, old, new)
+    assert kills.differences(first, second) == [], "times and folders may differ"
+    assert len(kills.tensorboard_curves(first)["loss"]) == 3
+    flip_last_byte(checkpoint / "ema.safetensors")
+    flip_last_byte(second / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    flip_last_byte(second / "samples.png")
+    change(second / "metrics.jsonl", '"step": 2', '"step": 3')
+    change(checkpoint / "state.json", '"steps": 0', '"steps": 1')
+    (second / ".tmp-pipeline-1").touch()
+    shutil.rmtree(second / "logs")
+    found = kills.differences(first, second)
+    assert found[:6] == [
+        ".tmp-pipeline-1: only one run has it",
+        "checkpoint-5/ema.safetensors: not the same",
+        "checkpoint-5/state.json: not the same",
+        "metrics.jsonl: not the same",
+        "pipeline/transformer/diffusion_pytorch_model.safetensors: not the same",
+        "samples.png: not the same",
+    ]
+    assert "TensorBoard: loss" in found[6:]
+
+
+def test_the_committed_kills_lost_nothing() -> None:
+    result = json.loads((ROOT / "benchmarks" / "kills" / "result.json").read_text())
+    assert result["bit_equal"] == result["kills"] == len(result["each"]) >= 20
+    assert result["inside_a_save"] >= result["kills"] / 4
+    assert not any(kill["differences"] for kill in result["each"])
 
 
 def test_every_benchmark_has_its_row() -> None:
