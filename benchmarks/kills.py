@@ -45,13 +45,14 @@ RUN = {
     "logging_steps": 3,
     "checkpointing_steps": 7,
     "checkpoints_total_limit": 3,
-    "validation_steps": 15,
+    "validation_steps": 14,
     "num_validation_images": 2,
     "num_inference_steps": 2,
     "num_score_images": None,
     "report_to": "tensorboard",
 }
-"""Options of the run, on the embedded images. No line of the log, grid or epoch ends where a checkpoint is saved."""
+"""Options of the run, on the embedded images. Lines of the log and epochs end where no checkpoint is saved; grids are
+due where one is."""
 
 SAVES = (".tmp-checkpoint-", ".tmp-pipeline-")
 TIMES = ("images_per_second", "seconds")

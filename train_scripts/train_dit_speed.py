@@ -26,6 +26,7 @@ from speed_diffusers.training.results import (
     save_state,
     start_trackers,
     validate,
+    validate_missed,
 )
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import check_inputs, start_run
@@ -68,6 +69,8 @@ def train(run: TrainingRun, stop: StopRequest) -> int | None:
         None, or the number of the signal that stopped it; its state is saved then.
     """
     config, log = run.config, StepLog(run)
+    with log.paused():
+        validate_missed(run)
     for step in training_steps(run):
         log.add(step)
         if step.is_last or step.done % config.logging_steps == 0:

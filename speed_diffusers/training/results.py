@@ -173,15 +173,31 @@ def ema_tensors(run: TrainingRun) -> dict[str, Tensor]:
 
 @labelled("validation")
 def validate(run: TrainingRun, step: int) -> None:
-    """A grid of images of the same noise and classes as ever, and the loss on held-out images, of the EMA weights."""
+    """The loss on held-out images, and a grid of images of the same noise and classes as ever, of the EMA weights."""
     run.ranks.at(step, "validation")
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         folder = run.output_dir / VALIDATION_FOLDER
         folder.mkdir(exist_ok=True)
-        save_grid(run, pipeline, folder / f"step-{step:07d}.png", f"step {step:,}", step)
         save_validation_loss(run, pipeline, step)
+        save_grid(run, pipeline, grid_file(run, step), f"step {step:,}", step)
     run.ranks.meet()
+
+
+def grid_file(run: TrainingRun, step: int) -> Path:
+    """The grid of a validation; where it is, the validation was done."""
+    return run.output_dir / VALIDATION_FOLDER / f"step-{step:07d}.png"
+
+
+def validate_missed(run: TrainingRun) -> None:
+    """The validation of the step that a run resumes from, if it was stopped between saving and validating."""
+    step, interval = run.first_step, run.config.validation_steps
+    if not step or not interval or step % interval:
+        return
+    # Asked by one process: another could look when the grid is there already.
+    is_missing = run.accelerator.is_main_process and not grid_file(run, step).exists()
+    if run.summed(torch.tensor(float(is_missing), device=run.accelerator.device)) > 0:
+        validate(run, step)
 
 
 def save_validation_loss(run: TrainingRun, pipeline: DiTPipeline, step: int) -> None:

@@ -166,7 +166,7 @@ def open_output_dir(
     lock = _locked(folder)
     remove_leftovers(folder)
     remove_unfinished(folder, PIPELINE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE)
-    remove_unfinished(folder / VALIDATION_FOLDER, "*.png")
+    remove_unfinished(folder / VALIDATION_FOLDER, "*.png", LOSS_FILE)
     remove_unfinished(folder / SCORES_FOLDER, "*.json")
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if config.overwrite_output_dir and not goes_on:

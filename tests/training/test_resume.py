@@ -26,14 +26,18 @@ from speed_diffusers.training.checkpoints import read_state
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.png")}
+
+
 @pytest.mark.parametrize(
     "extra",
     [
-        ["logging_steps=4", "report_to=tensorboard"],
+        ["logging_steps=4", "report_to=tensorboard", "validation_steps=5"],
         ["gradient_accumulation_steps=2", "random_flip=true", "lr_scheduler=linear"],
         ["cache_latents=false", "random_flip=true", "dataloader_num_workers=2", "speed_sampling=uniform"],
     ],
-    ids=["log lines across the stop", "accumulation and flips", "images from workers"],
+    ids=["log lines and a grid across the stop", "accumulation and flips", "images from workers"],
 )
 def test_resume_in_the_middle_is_exact(train: Callable[..., Path], tmp_path: Path, extra: list[str]) -> None:
     whole = train(tmp_path / "whole", *extra)
@@ -41,9 +45,11 @@ def test_resume_in_the_middle_is_exact(train: Callable[..., Path], tmp_path: Pat
     for checkpoint in ("checkpoint-10", "checkpoint-12"):
         shutil.rmtree(broken / checkpoint)
     shutil.rmtree(broken / "pipeline")
+    shutil.rmtree(broken / "validation", ignore_errors=True)  # as if stopped before that of step 5
     train(broken, *extra, "resume_from_checkpoint=latest")
     assert_same_run(whole, broken, 12)
     assert (broken / "pipeline" / "model_index.json").exists()
+    assert pictures(broken) == pictures(whole)
     # The broken run had logged up to step 12 before it went back to step 5.
     assert tensorboard_scalars(broken) == tensorboard_scalars(whole)
 
