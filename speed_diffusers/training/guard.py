@@ -84,7 +84,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     local = {name: value for name, value in local.items() if value.numel()}
     if not local:
         return []
-    # The largest absolute value; a NaN comes through.
-    norms = torch._foreach_norm([value.detach() for value in local.values()], float("inf"))
-    is_finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
+    # A NaN is the smallest and the largest. Many times faster than `isfinite` on every value.
+    edges = torch.stack([edge.float() for value in local.values() for edge in torch.aminmax(value.detach())])
+    is_finite = torch.isfinite(edges).view(-1, 2).all(1).tolist()
     return [name for name, good in zip(local, is_finite, strict=True) if not good]
