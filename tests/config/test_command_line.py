@@ -41,6 +41,13 @@ def main(argv):
         raise InputError("steps: 0 is\\nbelow 1")
     if argv == ["steps=1"]:
         raise ZeroDivisionError("a bug")
+    if argv == ["steps=2"]:
+        print("na\\u00efve \\u2192", flush=True)
+        print("warning: \\u2192", file=sys.stderr)
+    if argv == ["steps=9"]:
+        for number in range(20000):
+            print(number)
+        print("all printed", file=sys.stderr)
 
 run_script(main, __doc__, Settings)
 '''
@@ -60,8 +67,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -98,6 +105,25 @@ def test_other_errors_keep_their_traceback(script):
     assert result.stderr.startswith("Traceback") and result.stderr.endswith("ZeroDivisionError: a bug\n")
 
 
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_what_a_terminal_cannot_encode_is_escaped(script, flags):
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = run([sys.executable, *flags, str(script), "steps=2"], **environment)
+    assert (result.returncode, result.stdout) == (0, "False\nna\\xefve \\u2192\n")
+    assert result.stderr == "warning: \\u2192\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_a_reader_who_leaves_does_not_end_the_script(script, flags):
+    command = [sys.executable, *flags, str(script), "steps=9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "False\n"
+        process.stdout.close()
+        assert process.stderr.read() == "all printed\n"
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -132,14 +158,14 @@ def test_help_of_a_script_without_settings_is_its_docstring(monkeypatch, capsys)
 
 
 def test_help_is_printed_by_one_rank(monkeypatch, capsys):
-    assert ending(monkeypatch, None, "--help", RANK="1") == 0
+    assert ending(monkeypatch, None, "--help", RANK="1", WORLD_SIZE="2") == 0
     assert capsys.readouterr().out == ""
 
 
 def test_an_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
     assert ending(monkeypatch, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
-    assert ending(monkeypatch, KeyboardInterrupt(), RANK="1") == 130
+    assert ending(monkeypatch, KeyboardInterrupt(), RANK="1", WORLD_SIZE="2") == 130
     assert capsys.readouterr().err == ""
 
 
@@ -148,8 +174,9 @@ def test_an_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
     [
         ({}, []),
         ({"RANK": "0", "LOCAL_RANK": "0"}, []),
-        ({"RANK": "1", "LOCAL_RANK": "1"}, [command_line.SECONDS_FOR_RANK_0 + 1]),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, [command_line.SECONDS_FOR_RANK_0]),
+        ({"RANK": "1"}, []),  # alone, whatever its number
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, [command_line.SECONDS_FOR_RANK_0 + 1]),
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, [command_line.SECONDS_FOR_RANK_0]),
         ({"LOCAL_RANK": "2"}, [command_line.SECONDS_FOR_RANK_0 + 2]),
     ],
 )
