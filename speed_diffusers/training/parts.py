@@ -1,6 +1,7 @@
 """The parts of a run, each made and checked from the options alone."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .checkpoints import read_state
 from .config import TrainConfig
 from .run import TrainingScheduler
 from .run_folder import LOGGING_FOLDER
+from .tracking import tracker_names
 
 
 def open_data(config: TrainConfig) -> ImageSource:
@@ -203,8 +205,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         InputError: The launcher asks for what would not happen or do harm: fp16, more processes than accelerate sees,
-            a flow whose timesteps FSDP would round, an optimizer whose matrices it would shard.
+            a flow whose timesteps FSDP would round, an optimizer whose matrices it would shard; or the environment
+            holds a part only of what a launcher sets.
     """
+    check_launcher(os.environ)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     folder = Path(config.output_dir)
@@ -214,7 +218,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
+        log_with=tracker_names(config.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGGING_FOLDER)),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -241,6 +245,33 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"with: torchrun --nproc_per_node {launched}"
         )
     return accelerator
+
+
+LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and accelerate launch tell each of several processes."""
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Checks that the environment is that of one process, or of one of several with all that it must know.
+
+    Raises:
+        InputError: A part of it is missing, or it is no number.
+    """
+    # -1 is what older scripts set for a process that is alone.
+    given = {name: environment[name] for name in LAUNCHED_BY if environment.get(name, "-1") not in ("", "-1")}
+    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    try:
+        rank, _, world = (int(given.get(name, default)) for name, default in zip(LAUNCHED_BY, "001", strict=False))
+    except ValueError as error:
+        raise InputError(f"The environment has {told}: ranks and sizes are whole numbers.") from error
+    missing = [name for name in LAUNCHED_BY if name not in given]
+    if missing and (world > 1 or rank > 0 or "LOCAL_RANK" in given):
+        raise InputError(
+            f"The environment has {told}, but not {', '.join(missing)}: launch with torchrun or accelerate launch, "
+            "which set them all, or unset those for a single process."
+        )
+    if not 0 <= rank < world:
+        raise InputError(f"The environment has {told}: RANK must lie in [0, WORLD_SIZE).")
 
 
 def check_same_step(accelerator: Accelerator, checkpoint: Path | None) -> None:

@@ -40,7 +40,7 @@ from .ranks import Ranks
 from .results import score_settings, start_trackers
 from .run import Inputs, TrainingRun
 from .run_folder import check_output_dir, check_resumed_config, open_output_dir
-from .tracking import check_trackers
+from .tracking import check_trackers, tracker_names
 from .validation import ValidationSet
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     Raises:
         InputError: Anything a user can mend; nothing has been written.
     """
-    check_trackers(config.report_to)
+    check_trackers(config.report_to, config.tracker_project_name)
     scheduler = make_scheduler(config)
     make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
@@ -229,7 +229,7 @@ def temporary_run(
             config,
             output_dir=folder,
             max_train_steps=steps,
-            report_to=[name for name in config.report_to if name in LOCAL_TRACKERS],
+            report_to=[name for name in tracker_names(config.report_to) if name in LOCAL_TRACKERS],
             resume_from_checkpoint=None,
             overwrite_output_dir=False,
         )

@@ -17,17 +17,48 @@ _PACKAGES = {"comet_ml": "comet-ml"}
 """Trackers whose package on the index has another name than the tracker."""
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Checks that every tracker exists and is installed; accelerate itself only warns and leaves it out.
+NONE, ALL = "none", "all"
+"""What diffusers' scripts take instead of the trackers' names."""
+
+
+def tracker_names(report_to: Sequence[str]) -> list[str]:
+    """The trackers that an option asks for: those named, or every one that is installed for "all"; "none" is none.
 
     Raises:
-        InputError: Unknown tracker, or its package is missing; the message gives the pip line.
+        InputError: "none" stands beside others.
+    """
+    if NONE in report_to and set(report_to) != {NONE}:
+        raise InputError(f"report_to={','.join(report_to)}: '{NONE}' stands alone.")
+    if ALL in report_to:
+        return _available()
+    return [name for name in report_to if name != NONE]
+
+
+def _available() -> list[str]:
+    return [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+
+
+def check_trackers(report_to: Sequence[str], project: str = "") -> None:
+    """Checks that every tracker exists and is installed; accelerate itself only warns and leaves it out.
+
+    Args:
+        report_to: Names of trackers, or "all" or "none".
+        project: The project's name, of which TensorBoard makes a folder.
+
+    Raises:
+        InputError: Unknown tracker, or its package is missing (the message gives the pip line), or the project's
+            folder would lie outside the run.
     """
     known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
-    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    available, names = _available(), tracker_names(report_to)
+    if "tensorboard" in names and (Path(project).anchor or ".." in Path(project).parts):
+        raise InputError(
+            f"tracker_project_name={project}: tensorboard makes a folder of it in the logs of the run; it must not "
+            "begin at the root nor hold '..'."
+        )
     for name in names:
         if name not in known:
-            raise unknown_name("tracker (report_to)", name, known)
+            raise unknown_name("tracker (report_to)", name, [*known, ALL, NONE])
         if name not in available:
             raise InputError(f"report_to={name}: not installed; run: pip install {_PACKAGES.get(name, name)}")
 

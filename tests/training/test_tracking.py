@@ -10,7 +10,7 @@ import pytest
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import write_text
 from speed_diffusers.reports.plots import save_class_grid
-from speed_diffusers.training.tracking import MetricsFile, check_trackers, read_metrics
+from speed_diffusers.training.tracking import MetricsFile, check_trackers, read_metrics, tracker_names
 from tiny_run import file_size_limit
 
 
@@ -74,3 +74,26 @@ def test_trackers_are_checked_before_anything_starts() -> None:
         check_trackers(["tensorbord"])
     with pytest.raises(InputError, match="report_to=comet_ml: not installed; run: pip install comet-ml"):
         check_trackers(["tensorboard", "comet_ml"])
+
+
+def test_none_and_all_are_what_diffusers_scripts_make_of_them() -> None:
+    assert tracker_names([]) == tracker_names(["none"]) == []
+    assert "tensorboard" in tracker_names(["all"]) and "comet_ml" not in tracker_names(["all"])
+    assert tracker_names(["all", "tensorboard"]) == tracker_names(["all"])
+    check_trackers(["none"])
+    check_trackers(["all"], "mine")
+    with pytest.raises(InputError, match="report_to=none,tensorboard: 'none' stands alone"):
+        check_trackers(["none", "tensorboard"])
+
+
+@pytest.mark.parametrize("project", ["../../x", "..", "/tmp/x", "a/../../x"])
+def test_a_project_whose_folder_lies_outside_the_run_is_refused(project: str) -> None:
+    with pytest.raises(InputError, match=f"tracker_project_name={project}: tensorboard makes a folder"):
+        check_trackers(["tensorboard"], project)
+    with pytest.raises(InputError, match="tracker_project_name"):
+        check_trackers(["all"], project)
+    check_trackers([], project)  # no folder is made of it
+
+
+def test_a_project_may_have_parts() -> None:
+    check_trackers(["tensorboard"], "team/..speed")
