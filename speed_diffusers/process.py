@@ -18,6 +18,9 @@ from .errors import InputError
 GRADIENT_THRESHOLD = 1e-4
 """Rate of the noise's standard deviation, per step, below which the authors' code calls steps meaningless."""
 
+MAX_TIMESTEPS = 10**6
+"""More are no process that anybody trains, and tables over them fill the memory."""
+
 
 @dataclass(frozen=True)
 class Areas:
@@ -280,6 +283,8 @@ def derivative(values: Tensor) -> Tensor:
 def _check_size(num_train_timesteps: int) -> None:
     if num_train_timesteps < 1:
         raise InputError(f"num_train_timesteps={num_train_timesteps}: must be at least 1.")
+    if num_train_timesteps > MAX_TIMESTEPS:
+        raise InputError(f"num_train_timesteps={num_train_timesteps}: must be at most {MAX_TIMESTEPS}.")
 
 
 def _checked(values: Tensor, name: str, *, rising: bool) -> Tensor:

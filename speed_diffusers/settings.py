@@ -33,7 +33,7 @@ class SpeeDOptions(Options):
     weighting: str | Callable[..., Any] = option(
         "change_aware", "Loss weight over timesteps; none is the exact baseline."
     )
-    k: float = option(5.0, "How many times more often timesteps before tau are drawn.", interval="[1, inf)")
+    k: float = option(5.0, "How many times more often timesteps before tau are drawn.", interval="[1, 1e6]")
     tau: float | None = option(
         None, "First timestep of the convergence area, in [1, T], or a share of T in (0, 1); None: from speed_r."
     )

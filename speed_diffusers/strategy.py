@@ -24,10 +24,11 @@ from .timesteps import (
     PAIRED,
     UNIFORM,
     LossAwareDensity,
+    checked_pmf,
     drawn_pmf,
     normalised,
 )
-from .weightings import WEIGHTINGS
+from .weightings import WEIGHTINGS, checked_weights
 
 BATCHES_BEFORE_WARNING = 200
 
@@ -65,8 +66,9 @@ class SpeeDStrategy:
         self.randint = self._sampling.entry is DENSITIES[UNIFORM] and options.draw == INDEPENDENT
         self._learner: LossAwareDensity | None = None
         self._batches_unlearned = 0
-        self._weights: Tensor = self._weighting(process, self.settings)
-        self._latest = self._make(self.settings, self._pmf(self.settings))
+        # Once, not in the course of the training: what changes there lies between what is known to be sound.
+        self._weights = checked_weights(self._weighting, self._weighting(process, self.settings))
+        self._latest = self._make(self.settings, checked_pmf(self._sampling, self._pmf(self.settings)))
 
     @property
     def is_loss_aware(self) -> bool:

@@ -103,7 +103,7 @@ def theory(process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
     summary="P2: (k + SNR)^-gamma on epsilon; with k = gamma = 1 it is the noise level, SpeeD's first weight.",
     reference="P2, [arXiv 2204.00227](https://arxiv.org/abs/2204.00227): lambda_t / (k + SNR)^gamma",
     parameters=(
-        Parameter("k", 1.0, "(0, inf)", "limits the weight of steps with much noise"),
+        Parameter("k", 1.0, "(0, 1e12]", "limits the weight of steps with much noise"),
         Parameter("gamma", 1.0, "[0, 10]", "how strongly steps with little noise are held down; 0: not at all"),
     ),
 )
@@ -116,7 +116,7 @@ def p2(process: ForwardProcess, settings: SpeeDSettings, *, k: float, gamma: flo
     "min_snr",
     summary="Min-SNR: min(SNR, gamma) on x_0, so min(SNR, gamma) / SNR on epsilon and / (SNR + 1) on v.",
     reference=MIN_SNR,
-    parameters=(Parameter("gamma", 5.0, "(0, inf)", "largest SNR that counts"),),
+    parameters=(Parameter("gamma", 5.0, "[1e-12, inf)", "largest SNR that counts"),),
 )
 def min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -> Tensor:
     """Min-SNR-gamma weights."""
@@ -128,7 +128,7 @@ def min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -
     summary="Min-SNR with a smooth knee: gamma / (gamma + SNR) on epsilon.",
     reference="HDiT, [arXiv 2401.11605](https://arxiv.org/abs/2401.11605); gamma=4 is 1 / sigma_data^2 of "
     "k-diffusion, not checked against the paper",
-    parameters=(Parameter("gamma", 4.0, "(0, inf)", "SNR of the knee"),),
+    parameters=(Parameter("gamma", 4.0, "[1e-12, inf)", "SNR of the knee"),),
 )
 def soft_min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -> Tensor:
     """Soft-min-SNR weights: the harmonic sum of SNR and gamma on x_0."""
@@ -142,7 +142,7 @@ def soft_min_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: flo
     "OneTrainer and kohya's scripts take max_snr=1000",
     parameters=(
         Parameter(
-            "max_snr", math.inf, "(0, inf]", "the SNR is clipped here, so no weight is smaller than its -1/2 power"
+            "max_snr", math.inf, "[1e-12, inf]", "the SNR is clipped here, so no weight is smaller than its -1/2 power"
         ),
     ),
 )
@@ -156,7 +156,7 @@ def debiased(process: ForwardProcess, settings: SpeeDSettings, *, max_snr: float
     summary="Truncated SNR, also called max-SNR: max(SNR, gamma) on x_0.",
     reference="Progressive distillation, [arXiv 2202.00512](https://arxiv.org/abs/2202.00512), not checked there; "
     "named max-SNR in Min-SNR's code",
-    parameters=(Parameter("gamma", 1.0, "(0, inf)", "smallest SNR that counts"),),
+    parameters=(Parameter("gamma", 1.0, "(0, 1e12]", "smallest SNR that counts"),),
 )
 def max_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -> Tensor:
     """Truncated-SNR weights."""
@@ -167,7 +167,7 @@ def max_snr(process: ForwardProcess, settings: SpeeDSettings, *, gamma: float) -
     "edm",
     summary="EDM: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on x_0, with sigma = SNR^-1/2.",
     reference="EDM, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364), table 1",
-    parameters=(Parameter("sigma_data", 0.5, "(0, 100]", "standard deviation of the data"),),
+    parameters=(Parameter("sigma_data", 0.5, "[1e-6, 100]", "standard deviation of the data"),),
 )
 def edm(process: ForwardProcess, settings: SpeeDSettings, *, sigma_data: float) -> Tensor:
     """EDM's weights, SNR + 1 / sigma_data^2 on x_0."""
@@ -217,5 +217,20 @@ def timestep_weights(
     Raises:
         InputError: No such weighting or parameter, a parameter outside its range, or it is undefined for the process.
     """
-    weights: Tensor = WEIGHTINGS.parse(choice)(process, settings)
+    weighting = WEIGHTINGS.parse(choice)
+    return checked_weights(weighting, weighting(process, settings))
+
+
+def checked_weights(choice: Choice[Weighting], weights: Tensor) -> Tensor:
+    """The weights themselves, which train something in float32, the arithmetic of a loss.
+
+    Raises:
+        InputError: One is negative or not finite there, or all are 0: parameters may do together what none does alone.
+    """
+    used = weights.float()
+    if not bool(torch.isfinite(used).all() & (used >= 0).all() & (used > 0).any()):
+        raise InputError(
+            f"speed_weighting='{choice}': the weights run from {float(weights.min()):g} to {float(weights.max()):g}; "
+            "in float32 they must be finite, none negative and not all 0."
+        )
     return weights

@@ -62,6 +62,7 @@ def test_weights_keep_the_shape(shape: tuple[int, ...]) -> None:
         ({}, "Give the noise schedule once: alphas_cumprod, sigmas or num_train_timesteps"),
         ({"sigmas": torch.tensor([0.1, 0.9]), "num_train_timesteps": 2}, "Give the noise schedule once"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0: must be at least 1"),
+        ({"num_train_timesteps": 2**63}, "num_train_timesteps=9223372036854775808: must be at most 1000000"),
         ({"num_train_timesteps": 1}, "num_train_timesteps=1: .*SpeeD needs at least 2"),
         ({"num_train_timesteps": 10, "sampling": "assymetric"}, "Unknown timestep density .* 'asymmetric'"),
         ({"num_train_timesteps": 10, "prediction_type": "x0", "weighting": "p2"}, "Unknown prediction_type 'x0'"),

@@ -1,12 +1,23 @@
 """Registries and the one-line errors for unknown names."""
 
-import pytest
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
+import pytest
+import torch
+from torch import Tensor
+
+from noise_schedules import process_named
+from range_ends import range_ends
 from speed_diffusers.errors import InputError, unknown_name
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.process import ForwardProcess
 from speed_diffusers.registry import Parameter, Registry, markdown_table
-from speed_diffusers.settings import SpeeDSettings
+from speed_diffusers.settings import SpeeDOptions, SpeeDSettings
+from speed_diffusers.strategy import SpeeDStrategy
 from speed_diffusers.timesteps import DENSITIES, DRAWS, timestep_pmf
 from speed_diffusers.weightings import WEIGHTINGS, timestep_weights
 
@@ -195,6 +206,108 @@ def test_every_density_and_weighting_is_sound_on_one_process() -> None:
     for name in WEIGHTINGS:
         weights = timestep_weights(name, process, settings)
         assert weights.shape == (1000,) and bool((weights >= 0).all()), name
+
+
+process_of = cache(process_named)
+# Processes on which everything is defined, and what a network may predict on them.
+VARIANCE_PRESERVING, FLOW = ("epsilon", "v_prediction", "sample"), ("flow_prediction",)
+SWEPT = {
+    "linear": VARIANCE_PRESERVING,
+    "linear, T=10": VARIANCE_PRESERVING,
+    "cosine, zero terminal SNR": VARIANCE_PRESERVING,
+    "flow, shift 3": FLOW,
+}
+
+
+def choices_at_the_ends(name: str, parameters: tuple[Parameter, ...]) -> Iterator[tuple[str, int]]:
+    """Choices with every parameter at its default or an end of its range, and how many are not at their default."""
+    values = [[p.default, *range_ends(p.interval, int if p.whole else float)] for p in parameters]
+    for combined in itertools.product(*values):
+        changed = {p.name: value for p, value in zip(parameters, combined, strict=True) if value != p.default}
+        given = ",".join(f"{key}={value!r}" for key, value in changed.items())
+        yield (f"{name}:{given}" if given else name), len(changed)
+
+
+def fault_of_density(pmf: Tensor) -> str | None:
+    if not bool(torch.isfinite(pmf).all()) or bool((pmf < 0).any()):
+        return "not finite or negative"
+    return None if abs(float(pmf.sum()) - 1.0) < 1e-9 else f"sums to {float(pmf.sum())}"
+
+
+def fault_of_weights(weights: Tensor) -> str | None:
+    used = weights.float()  # as a loss takes them
+    if not bool(torch.isfinite(used).all()) or bool((used < 0).any()):
+        return "not finite or negative"
+    return None if bool((used > 0).any()) else "all 0"
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry in (DENSITIES, WEIGHTINGS) for name in registry],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_value_inside_the_ranges_is_sound(
+    registry: Registry, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An entry with one parameter at an end of its range is sound everywhere; with several it is, or is refused."""
+    caplog.set_level(logging.ERROR)  # that a schedule never settles is no news here
+    faults = []
+    for (schedule, predictions), (text, changed) in itertools.product(
+        SWEPT.items(), choices_at_the_ends(name, registry[name].parameters)
+    ):
+        for predicted in predictions:
+            process = process_of(schedule)
+            settings = replace(SpeeDSettings.resolve(process, SpeeDOptions(prediction_type=predicted)), progress=1.0)
+            try:
+                if registry is DENSITIES:
+                    fault = fault_of_density(timestep_pmf(text, process, settings))
+                else:
+                    fault = fault_of_weights(timestep_weights(text, process, settings))
+            except InputError as error:
+                empty = name == "range_bias" and "no timestep" in str(error)
+                undefined = name == "t_sample" and "the pivot of the authors' code does not exist" in str(error)
+                assert "\n" not in str(error)
+                fault = None if changed > 1 or empty or undefined else str(error)
+            if fault:
+                faults.append(f"{text} on {schedule}, {predicted}: {fault}")
+    assert faults == []
+
+
+@pytest.mark.parametrize("name", [name for name, entry in DENSITIES.items() if entry.learns])
+def test_what_learns_stays_sound_at_the_ends_of_its_ranges(name: str) -> None:
+    process = process_of("linear, T=10")
+    errors = torch.tensor([0.0, 1e30, 1e-30, *[1.0] * 6, torch.inf], dtype=torch.float64)
+    faults = []
+    for text, _ in choices_at_the_ends(name, DENSITIES[name].parameters):
+        strategy = SpeeDStrategy(process, SpeeDOptions(sampling=text, weighting="none"))
+        for _ in range(1001 if "history=1000" in text else 11):  # until it has seen enough to leave uniform draws
+            strategy.update(errors.nan_to_num(posinf=1.0), torch.ones(10))
+        strategy.update(errors, torch.ones(10))
+        tables = strategy.latest_tables
+        fault = fault_of_density(tables.pmf) or fault_of_weights(tables.weights)
+        faults += [f"{text}: {fault}"] if fault else []
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "p2:k=1e-9,gamma=10"}, "speed_weighting='p2:k=1e-09,gamma=10': the weights run from "),
+        ({"weighting": lambda process, settings: -torch.ones(1000)}, "the weights run from -1 to -1; in float32"),
+        (
+            {"sampling": lambda process, settings: torch.zeros(1000)},
+            "the probabilities run from nan to nan; they must be",
+        ),
+        (
+            {"sampling": lambda process, settings: torch.full((1000,), torch.nan)},
+            "the probabilities run from nan to nan",
+        ),
+    ],
+)
+def test_tables_that_train_nothing_are_refused_whoever_made_them(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        SpeeDStrategy(process_of("cosine, zero terminal SNR"), SpeeDOptions(**options))  # type: ignore[arg-type]
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_presets_name_registered_functions() -> None:

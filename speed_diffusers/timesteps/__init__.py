@@ -9,7 +9,7 @@ from .speed import UNIFORM  # first, because tables and help keep the order of r
 # isort: split
 
 from . import loss_aware, noise, position  # noqa: F401  (they register their densities)
-from .density import DENSITIES, Density, normalised, timestep_pmf
+from .density import DENSITIES, Density, checked_pmf, normalised, timestep_pmf
 from .draw import (
     DRAWS,
     INDEPENDENT,
@@ -28,6 +28,7 @@ __all__ = [
     "UNIFORM",
     "LossAwareDensity",
     "Density",
+    "checked_pmf",
     "draw_independent",
     "drawn_pmf",
     "dual_steps",

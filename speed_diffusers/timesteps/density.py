@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..process import ForwardProcess
 from ..registry import Choice, Registry
 from ..settings import SpeeDSettings
@@ -32,10 +34,25 @@ def timestep_pmf(choice: str | Density | Choice[Density], process: ForwardProces
     Raises:
         InputError: No such density or parameter, a parameter outside its range, or a process it does not fit.
     """
-    density = DENSITIES.parse(choice)(process, settings)
-    return density.pmf() if isinstance(density, LossAwareDensity) else normalised(density)
+    chosen = DENSITIES.parse(choice)
+    density = chosen(process, settings)
+    return checked_pmf(chosen, density.pmf() if isinstance(density, LossAwareDensity) else normalised(density))
 
 
 def normalised(density: Tensor) -> Tensor:
     """The density divided by its sum."""
     return density / density.sum()
+
+
+def checked_pmf(choice: Choice[Density], pmf: Tensor) -> Tensor:
+    """The probabilities themselves, which are some.
+
+    Raises:
+        InputError: One is negative or not finite, or all are 0, as where a density overflows or vanishes.
+    """
+    if not bool(torch.isfinite(pmf).all() & (pmf >= 0).all() & (pmf > 0).any()):
+        raise InputError(
+            f"speed_sampling='{choice}': the probabilities run from {float(pmf.min()):g} to {float(pmf.max()):g}; "
+            "they must be finite, none negative and not all 0."
+        )
+    return pmf

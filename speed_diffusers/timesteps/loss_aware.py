@@ -27,7 +27,7 @@ def _with_uniform(density: Tensor, share: float) -> Tensor:
     "sqrt(E[L_t^2]), loss / (T p_t)",
     parameters=(
         Parameter("history", 10, "[1, 1000]", "latest losses kept of each step; uniform until all have so many", True),
-        Parameter("uniform", 0.001, "(0, 1]", UNIFORM_SHARE),
+        Parameter("uniform", 0.001, "[1e-6, 1]", UNIFORM_SHARE),
     ),
     learns=True,
 )

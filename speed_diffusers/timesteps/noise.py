@@ -36,7 +36,7 @@ def _time_speed(process: ForwardProcess) -> Tensor:
     "with the most noise",
     parameters=(
         Parameter("mean", 0.0, "[-10, 10]", "of the logit; above 0 favours much noise: -2 mean is that of log SNR"),
-        Parameter("std", 1.0, "(0, 100]", "of the logit"),
+        Parameter("std", 1.0, "[1e-6, 100]", "of the logit"),
     ),
 )
 def logit_normal(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float) -> Tensor:
@@ -80,7 +80,7 @@ def cosmap(process: ForwardProcess, settings: SpeeDSettings) -> Tensor:
     "both for data of standard deviation 0.5",
     parameters=(
         Parameter("mean", -1.2, "[-20, 20]", "of ln sigma; higher favours much noise: -2 mean is that of log SNR"),
-        Parameter("std", 1.2, "(0, 100]", "of ln sigma"),
+        Parameter("std", 1.2, "[1e-6, 100]", "of ln sigma"),
     ),
 )
 def edm(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float) -> Tensor:
@@ -96,7 +96,7 @@ def edm(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: f
     "mean and std are ours to choose",
     parameters=(
         Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
-        Parameter("std", 2.0, "(0, 100]", "of log SNR"),
+        Parameter("std", 2.0, "[1e-6, 100]", "of log SNR"),
     ),
     named={
         # Each paper's own mean and deviation, carried over to log SNR: -2 ln sigma for latents of variance 1 where
@@ -120,7 +120,7 @@ def gaussian(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, s
     "name, not checked against the paper's tables",
     parameters=(
         Parameter("mean", 0.0, "[-20, 20]", "of log SNR; higher favours little noise"),
-        Parameter("scale", 0.5, "(0, 100]", "b: mean distance of log SNR from its mean"),
+        Parameter("scale", 0.5, "[1e-6, 100]", "b: mean distance of log SNR from its mean"),
         Parameter("uniform", 0.0, "[0, 1]", "share of draws that stay uniform over the timesteps"),
     ),
 )
@@ -151,7 +151,7 @@ def cosine_scaled(process: ForwardProcess, settings: SpeeDSettings, *, scale: fl
     reference="[arXiv 2407.03297](https://arxiv.org/abs/2407.03297) tries it; formula from memory of it",
     parameters=(
         Parameter("mean", 0.0, "[-20, 20]", "centre in log SNR; higher favours little noise"),
-        Parameter("scale", 1.0, "(0, 100]", "half width at half height, in log SNR"),
+        Parameter("scale", 1.0, "[1e-6, 100]", "half width at half height, in log SNR"),
     ),
 )
 def cauchy(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, scale: float) -> Tensor:
@@ -167,7 +167,7 @@ def cauchy(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, sca
     "than uniform; mean and std are ours to choose",
     parameters=(
         Parameter("mean", -1.0, "[-20, 20]", "of log SNR in the first phase; higher favours little noise"),
-        Parameter("std", 2.0, "(0, 100]", "of log SNR in the first phase"),
+        Parameter("std", 2.0, "[1e-6, 100]", "of log SNR in the first phase"),
         Parameter("until", 0.6, "(0, 1]", "share of the training after which draws are uniform"),
     ),
     needs_progress=True,

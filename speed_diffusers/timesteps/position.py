@@ -32,7 +32,7 @@ def beta(process: ForwardProcess, settings: SpeeDSettings, *, alpha: float) -> T
     "slips mended, not checked against the paper",
     parameters=(
         Parameter("mean", 0.3, "[0, 1]", "of the Gaussian, as a share of T; higher favours much noise"),
-        Parameter("std", 1.0, "(0, 100]", "of the Gaussian, as a share of T"),
+        Parameter("std", 1.0, "[1e-6, 100]", "of the Gaussian, as a share of T"),
         Parameter("horizon", 1.0, "(0, 1]", "share of the training after which the Gaussian is reached"),
     ),
     needs_progress=True,
@@ -58,7 +58,7 @@ def clts(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: 
     parameters=(
         Parameter("begin", 0.0, "[0, 1]", "start of the range, as a share of T"),
         Parameter("end", 0.25, "[0, 1]", "end of the range, as a share of T"),
-        Parameter("multiplier", 2.0, "(0, inf)", "how many times as often"),
+        Parameter("multiplier", 2.0, "(0, 1e6]", "how many times as often"),
     ),
 )
 def range_bias(

@@ -247,7 +247,7 @@ def test_areas_of_the_default() -> None:
     [
         ({"speed_sampling": "asymetric"}, "Unknown timestep density (speed_sampling) 'asymetric'. Did you mean "),
         ({"speed_weighting": "chnge_aware"}, "Unknown loss weighting (speed_weighting) 'chnge_aware'. Did you mean "),
-        ({"speed_k": 0.5}, "speed_k=0.5: must be at least 1"),
+        ({"speed_k": 0.5}, "speed_k=0.5: must lie in [1, 1e6]"),
         ({"speed_tau": 0}, "speed_tau=0: must be a whole number in [1, 500], or None"),
         ({"speed_tau": 501}, "speed_tau=501: must be a whole number in [1, 500], or None"),
         ({"speed_r": 1}, "speed_r=1: must be above 1."),
