@@ -42,6 +42,7 @@ AROUND: dict[str, set[str]] = {
     "randomness": set(),
     "error_bins": set(),
     "files": set(),
+    "json_files": set(),
     "assets": set(),
     "config": set(),
     "config.load": {"files"},
@@ -49,9 +50,9 @@ AROUND: dict[str, set[str]] = {
     "data": {"files", "randomness", "assets"},
     # Stands at the top of the repository and is installed inside the library, of which it imports nothing.
     "pipelines": set(),
-    "generation": {"files", "randomness", "assets", "pipelines", "version"},
+    "generation": {"files", "json_files", "randomness", "assets", "pipelines", "version"},
     "reports": {"files", "error_bins", "assets"},
-    "metrics": {"files", "randomness", "assets", "version", "generation", "data"},
+    "metrics": {"files", "json_files", "randomness", "assets", "version", "generation", "data"},
 }
 AROUND["training"] = set(AROUND) - {"config.command_line"}
 

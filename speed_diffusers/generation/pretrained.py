@@ -1,14 +1,15 @@
 """Pretrained parts by name: embedded, in a folder (of a run, a pipeline or one model), or on the Hub."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from ..assets import EMBEDDED, EMBEDDED_PIPELINE
 from ..errors import InputError
+from ..json_files import arguments_of, check_values, read_object
 from ..pipelines import SpeeDDiTPipeline
 from ..predictions import FLOW_PREDICTION
 from .export import SIDECAR
@@ -18,6 +19,8 @@ GUIDANCE_UNTRAINED = (
     "predicts without one from untrained weights. Take guidance_scale=1, or train with class_dropout_prob=0.1."
 )
 """The warning for guidance that nothing has been trained for; takes the model's name and the scale."""
+
+INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler/scheduler_config.json"
 
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
 
@@ -33,9 +36,11 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
         InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
     folder = _pipeline_folder(name)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    if folder.is_dir() and not (folder / INDEX).is_file():
         raise InputError(f"model={name}: the folder holds no pipeline (no model_index.json, no pipeline/ in it).")
     place = str(folder) if folder.exists() else name
+    if folder.is_dir():
+        _check_index(folder / INDEX)
     try:
         DiTPipeline.load_config(place, revision=revision)
         return SpeeDDiTPipeline.from_pretrained(
@@ -47,7 +52,7 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
         )
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever diffusers makes of files that do not fit one another
         raise _not_loaded("pipeline", name, error) from error
 
 
@@ -70,33 +75,79 @@ def load_transformer(name: str, *, revision: str | None = None) -> DiTTransforme
 
 
 def training_config_of(name: str) -> dict[str, Any]:
-    """Options that a pipeline was trained with, from the file beside it; empty where it has none, and on the Hub."""
-    try:
-        sidecar = json.loads((_pipeline_folder(name) / SIDECAR).read_text(encoding="utf-8"))
-        return dict(sidecar["training_config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # none, or of another version, or by another hand
+    """Options that a pipeline was trained with, from the file beside it; empty where it has none, and on the Hub.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = _pipeline_folder(name) / SIDECAR
+    if not path.is_file():
+        return {}
+    sidecar = read_object(path)
+    check_values(path, sidecar, {"training_config": dict})
+    config: dict[str, Any] = sidecar.get("training_config", {})
+    check_values(path, config, {"max_train_steps": int, "class_dropout_prob": float})
+    return config
 
 
 def prediction_type_of(name: str, *, revision: str | None = None) -> str | None:
-    """What the network of a pipeline predicts, or None if `name` is a model without a scheduler."""
+    """What the network of a pipeline predicts, or None if `name` is a model without a scheduler.
+
+    Raises:
+        InputError: The scheduler's config is damaged.
+    """
     folder = _pipeline_folder(name)
-    try:
-        config = DDIMScheduler.load_config(
-            str(folder) if folder.exists() else name, subfolder="scheduler", revision=revision
-        )
-    except OSError:
-        return None
+    if folder.exists():
+        path = folder / SCHEDULER_CONFIG
+        if not path.is_file():
+            return None
+        config = read_scheduler_config(path)
+    else:
+        try:
+            config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
+        except OSError:
+            return None
     if "beta_schedule" not in config and "shift" in config:
         return FLOW_PREDICTION
     return str(config.get("prediction_type", "epsilon"))
+
+
+def read_scheduler_config(path: Path) -> dict[str, Any]:
+    """The config of a scheduler of diffusers, its values of the types that its class takes.
+
+    Raises:
+        InputError: It is damaged, or a value is of another type.
+    """
+    config = read_object(path)
+    check_values(path, config, {"_class_name": str})
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    types = arguments_of(kind) if isinstance(kind, type) else {}
+    check_values(path, config, {"prediction_type": str} | types, null=True)
+    return config
+
+
+def _check_index(path: Path) -> None:
+    """Checks the index of a pipeline, and the config of its scheduler.
+
+    Raises:
+        InputError: They are damaged.
+    """
+    index = read_object(path)
+    check_values(path, index, {"id2label": dict[str, str] | None, "null_class_id": int | None})
+    for row in index.get("id2label") or {}:
+        if not row.isdecimal():
+            raise InputError(f"{path}: id2label has '{row}', but its keys must be rows of the label table.")
+    for component in ("transformer", "vae", "scheduler"):
+        check_values(path, {component: index.get(component)}, {component: list[str]})
+    if (path.parent / SCHEDULER_CONFIG).is_file():
+        read_scheduler_config(path.parent / SCHEDULER_CONFIG)
 
 
 def _pipeline_folder(name: str) -> Path:
     if name == EMBEDDED:
         return EMBEDDED_PIPELINE
     folder = Path(name)
-    return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+    return folder / "pipeline" if (folder / "pipeline" / INDEX).is_file() else folder
 
 
 def _load_model(model_class: type[M], component: str, name: str, revision: str | None) -> Any:
@@ -105,19 +156,29 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
     local = next((place for place in places if (place / "config.json").is_file()), None)
     if local is None and folder.exists():
         raise InputError(f"The folder {name} holds no {component} (no config.json in it or in {component}/).")
+    path = None if local is None else local / "config.json"
+    config = {} if path is None else read_object(path)
+    types = arguments_of(model_class)
+    if path is not None:
+        check_values(path, config, types, null=True)
     options: dict[str, Any] = {"output_loading_info": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         if local is not None:
             model, info = cast(tuple[Any, Any], model_class.from_pretrained(str(local), **options))
         else:
             model, info = _load_from_hub(model_class, component, name, options | {"revision": revision})
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever diffusers makes of a config or of weights that do not fit
+        if path is not None:
+            check_values(path, config, types)
         raise _not_loaded(component, name, error) from error
     if info["missing_keys"]:
         raise InputError(
             f"The {component} '{name}' lacks {len(info['missing_keys'])} of its weights, such as "
             f"{info['missing_keys'][0]}: its files do not fit its config.json."
         )
+    if isinstance(model, DiTTransformer2DModel) and model.config["out_channels"] is None:
+        # To diffusers the same as in_channels; written down once, for all who read the config.
+        model.register_to_config(out_channels=model.config["in_channels"])
     return model
 
 

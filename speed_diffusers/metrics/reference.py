@@ -11,6 +11,7 @@ from torch import Tensor
 from ..assets import EMBEDDED, EMBEDDED_REFERENCE
 from ..errors import InputError
 from ..files import file_sha256, save_tensors
+from ..json_files import check_values
 from .statistics import FeatureStatistics
 
 HEADER_KEY = "feature_statistics"
@@ -86,18 +87,24 @@ def load_reference(name: str | Path = EMBEDDED) -> Reference:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
-            if header is None or set(file.keys()) - {"features"} != {"mean", "covariance"}:
+            if not isinstance(header, dict) or set(file.keys()) - {"features"} != {"mean", "covariance"}:
                 raise wrong
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except SafetensorError as error:
+        missing = {"count", "extractor_sha256"} - header.keys()
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise wrong from error
+    check_values(path, header, {"count": int, "extractor_sha256": str, "resolution": int | None})
+    width, features = len(tensors["mean"].flatten()), tensors.get("features")
+    fits = tensors["mean"].shape == (width,) and tensors["covariance"].shape == (width, width)
+    if missing or not fits or (features is not None and features.shape != (header["count"], width)):
+        raise wrong
     return Reference(
         name=EMBEDDED if name == EMBEDDED else path.name,
         sha256=file_sha256(path),
         statistics=FeatureStatistics(
             tensors["mean"], tensors["covariance"], int(header["count"]), str(header["extractor_sha256"])
         ),
-        features=tensors.get("features"),
+        features=features,
         resolution=header.get("resolution"),
     )
 

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 from ..errors import InputError
 from ..files import write_text
+from ..json_files import check_values, read_object
 from .protocol import Protocol
 
 logger = logging.getLogger(__name__)
@@ -129,16 +131,21 @@ def load_score(path: Path) -> ScoreRecord:
     Raises:
         InputError: The file is missing, damaged or of another version.
     """
+    document = read_object(path)
+    check_values(path, document, {"protocol": dict, "environment": dict} | get_type_hints(ScoreRecord))
+    for part, types in (("protocol", Protocol), ("environment", Environment)):
+        check_values(path, document.get(part, {}), get_type_hints(types))
     try:
-        document = json.loads(path.read_text())
         if document.pop("format_version") != FORMAT_VERSION:
             raise InputError("another format")
         place = {name: document.pop(name) for name in ("step", "images_seen", "training_seconds")}
         protocol = Protocol.from_dict(document.pop("protocol"))
         environment = Environment(**document.pop("environment"))
         weights_sha256 = document.pop("weights_sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no score of this version ({type(error).__name__}: {error}).") from error
+    check_values(path, {"weights_sha256": weights_sha256}, {"weights_sha256": str})
+    check_values(path, document, dict.fromkeys(document, float | None))
     return ScoreRecord(Score(document, weights_sha256, protocol, environment), **place)
 
 

@@ -62,10 +62,17 @@ def load_label_names(folder: Path) -> list[str] | None:
     """Name of each class id of the run in a folder; None for a run without classes.
 
     Raises:
-        OSError: The folder does not tell; version 0.1 did not write them.
-        ValueError: The file is damaged.
+        FileNotFoundError: The folder does not tell; version 0.1 did not write them.
+        InputError: The file is damaged.
     """
-    names: list[str] | None = json.loads((folder / LABEL_NAMES_FILE).read_text(encoding="utf-8"))
+    path = folder / LABEL_NAMES_FILE
+    text = path.read_bytes()
+    try:
+        names: list[str] | None = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path} must hold a list of the classes' names, or null.")
     return names
 
 

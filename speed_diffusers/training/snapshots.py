@@ -185,11 +185,8 @@ def global_batch_of(checkpoints: list[Path]) -> int | None:
 
 
 def pipeline_place(name: str) -> Place:
-    """The step that a pipeline's sidecar file tells; None where it has none."""
-    try:
-        return Place(None, int(training_config_of(name)["max_train_steps"]))
-    except (ValueError, KeyError, TypeError):
-        return Place(None, None)  # of another version, or by another hand
+    """The step that a pipeline's sidecar file tells; None where it has none, or is by another hand."""
+    return Place(None, training_config_of(name).get("max_train_steps"))
 
 
 def pipeline_of_config(folder: Path) -> DiTPipeline:
@@ -201,7 +198,7 @@ def pipeline_of_config(folder: Path) -> DiTPipeline:
     config = load_run_config(folder)
     try:
         names = load_label_names(folder)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         names = open_data(config).label_names
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval()
     core = make_model(config, len(names or ()), vae)

@@ -43,5 +43,5 @@ def test_a_folder_without_what_is_asked_for_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Could not load the pipeline 'no/such'.*"):
         load_pipeline("no/such")
     (tmp_path / "config.json").write_text("{damaged")
-    with pytest.raises(InputError, match="Could not load the vae"):
+    with pytest.raises(InputError, match="config.json cannot be read as JSON"):
         load_vae(str(tmp_path))

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
+from matplotlib.figure import Figure
 from PIL import Image
 
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import save_tensors
 from speed_diffusers.generation.pretrained import load_pipeline
-from speed_diffusers.metrics import METRICS, load_extractor
+from speed_diffusers.metrics import METRICS, load_extractor, load_reference
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves
 from speed_diffusers.metrics.protocol import (
     Protocol,
@@ -218,6 +220,71 @@ def test_a_score_survives_its_file_and_replaces_the_one_before(protocol: Protoco
     with pytest.raises(InputError, match="missing or unknown: k, nearest"):
         load_score(nowhere)
     assert [each.step for each in load_scores(folder)] == [3000]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"step": "3000"}, "step"),
+        ({"training_seconds": [1]}, "training_seconds"),
+        ({"protocol": []}, "protocol"),
+        ({"environment": None}, "environment"),
+        ({"weights_sha256": 7}, "weights_sha256"),
+        ({"frechet_distance": "3"}, "frechet_distance"),
+        ({"protocol": {"num_images": "2000"}}, "num_images"),
+        ({"protocol": {"guidance_interval": 0.5}}, "guidance_interval"),
+        ({"protocol": {"sampler_settings": "x"}}, "sampler_settings"),
+        ({"environment": {"seconds": None}}, "seconds"),
+    ],
+)
+def test_a_score_of_wrong_types_names_file_and_key(
+    protocol: Protocol, tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    path = save_score(a_score(protocol), tmp_path, step=3000)
+    values = json.loads(path.read_text())
+    for name, value in change.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError) as caught:
+        load_score(path)
+    assert str(caught.value).startswith(f"{path}: {key} is ") and "\n" not in str(caught.value)
+    assert load_scores(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"format_version": 1', "[" * 100_000, '{"format_version": 1}'])
+def test_a_file_that_is_no_score_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "step.json").write_text(text)
+    with pytest.raises(InputError, match=r"step\.json (cannot be read as JSON|holds)") as caught:
+        load_score(tmp_path / "step.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "{", '{"count": "9", "extractor_sha256": ""}', '{"count": 9}', '{"count": 9, "extractor_sha256": 1}'],
+)
+def test_a_reference_whose_header_or_shapes_are_wrong_is_one_line(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    tensors = {"mean": torch.zeros(2, dtype=torch.float64), "covariance": torch.zeros(2, 2, dtype=torch.float64)}
+    save_tensors(tensors, path, {"feature_statistics": header})
+    with pytest.raises(InputError, match=r"reference\.safetensors") as caught:
+        load_reference(path)
+    assert "\n" not in str(caught.value)
+    whole = {"feature_statistics": '{"count": 9, "extractor_sha256": ""}'}
+    save_tensors({**tensors, "mean": torch.zeros(3)}, path, whole)
+    with pytest.raises(InputError, match="holds no reference statistics"):
+        load_reference(path)
+    save_tensors(tensors, path, whole)
+    assert load_reference(path).statistics.count == 9
+
+
+def test_curves_show_names_as_they_are(protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
+    names = ["$10_$20", "_mine"]
+    save_score_curves([curve(name, protocol, [90, 20]) for name in names], tmp_path / "curves.png")
+    texts = figures[0].axes[0].get_legend().get_texts()
+    assert [text.get_text().strip() for text in texts] == names and not any(text.get_parse_math() for text in texts)
 
 
 def curve(name: str, protocol: Protocol, distances: list[float], *, known: bool = True) -> ScoreCurve:
