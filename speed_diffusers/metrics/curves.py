@@ -70,11 +70,14 @@ def save_score_curves(curves: Sequence[ScoreCurve], path: Path, *, metric: str =
         for name, line in lines.items():
             if line:
                 values = [record.score.values[metric] for record in line]
-                axes.plot([place(record) for record in line], values, marker="o", markersize=4, label=name)
+                # A legend leaves out what begins with an underscore.
+                label_text = f" {name}" if name.startswith("_") else name
+                axes.plot([place(record) for record in line], values, marker="o", markersize=4, label=label_text)
         _decorate(axes, label, metric, [record.score.values[metric] for record in records])
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    for text in figure.axes[0].legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)  # a run may be called $a_$b, which is no formula
     words = records[0].score.protocol.in_words()
-    figure.suptitle("\n".join(textwrap.wrap(words, width=62 * len(shown))), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(words, width=62 * len(shown))), fontsize=9, parse_math=False)
     figure.savefig(path, format="png")
     return [label for label in PANELS if label not in shown]
 

@@ -21,11 +21,26 @@ matplotlib.use("Agg")
 AREA_SHADES = ("0.97", "0.93", "0.88")
 """Greys of the acceleration, deceleration and convergence areas."""
 
+LONGEST_NAME = 200
+"""Letters of a name that are shown; a picture has a largest width."""
+
 
 def save_png(figure: Figure, path: Path, **options: Any) -> None:
     """Saves a figure as PNG, whole or not at all; options are those of `savefig`."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", **options)
+
+
+def shown_name(name: str) -> str:
+    """A name for a legend, which leaves out those that begin with an underscore, or for an axis, cut where endless."""
+    name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return f" {name}" if name.startswith("_") else name
+
+
+def add_legend(axes: Axes) -> None:
+    """A legend whose texts are what they are: runs and classes may be called `$a_$b`, which is no formula."""
+    for text in axes.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
 
 
 def mosaic(images: npt.NDArray[np.float32], columns: int, gap: int = 2) -> npt.NDArray[np.uint8]:
@@ -67,7 +82,8 @@ def save_class_grid(
     # A pixel of a small image becomes a whole number of pixels on the page, so that nothing is blurred.
     scale = max(1, round(64 / height))
     dpi = 100
-    label_inches = 0.09 * max(len(name) for name in row_names) + 0.3
+    names = [shown_name(name) for name in row_names]
+    label_inches = 0.09 * max(map(len, names)) + 0.3
     size = (sheet.shape[1] * scale / dpi + label_inches, sheet.shape[0] * scale / dpi + 0.5)
     figure = Figure(figsize=size, dpi=dpi)
     axes = figure.add_axes(
@@ -79,11 +95,11 @@ def save_class_grid(
         )
     )
     axes.imshow(sheet, interpolation="nearest")
-    axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(row_names))], list(row_names))
+    axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(names))], names, parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.text(0.5, 1 - 0.25 / size[1], title, ha="center", va="center", fontsize=10)
+    figure.text(0.5, 1 - 0.25 / size[1], title, ha="center", va="center", fontsize=10, parse_math=False)
     save_png(figure, path, dpi=dpi)
 
 
@@ -114,7 +130,7 @@ def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) 
     for index in picked:
         _plot_errors(by_timestep, moments.edges, moments.errors[index], f"to step {moments.steps[index]:,.0f}")
     _label_errors(by_timestep, areas)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     save_png(figure, path)
 
 
@@ -131,9 +147,9 @@ def save_error_comparison(runs: Mapping[str, ErrorHistory], areas: Areas, title:
     axes = figure.subplots()
     for name, history in runs.items():
         last = history.merged(5)
-        _plot_errors(axes, last.edges, last.errors[-1], name)
+        _plot_errors(axes, last.edges, last.errors[-1], shown_name(name))
     _label_errors(axes, areas)
-    axes.set_title(title, fontsize=11, pad=18)
+    axes.set_title(title, fontsize=11, pad=18, parse_math=False)
     save_png(figure, path)
 
 
@@ -145,7 +161,7 @@ def _label_errors(axes: Axes, areas: Areas) -> None:
     """Names the axes of unweighted errors by timestep, and shades the areas."""
     axes.set(xlabel="timestep", ylabel="unweighted MSE", yscale="log", xlim=(0, areas.convergence.stop))
     shade_areas([axes], areas)
-    axes.legend(fontsize=8)
+    add_legend(axes)
 
 
 def shade_areas(panels: Sequence[Axes], areas: Areas) -> None:

@@ -77,7 +77,7 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
     for axes, drawn_values in curves.items():
         _scale(axes, torch.cat(drawn_values))
     shade_areas(panels, areas)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, handlelength=3)
     figure.savefig(path)
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from speed_diffusers.error_bins import ErrorBins, ErrorHistory
 from speed_diffusers.process import Areas
-from speed_diffusers.reports.plots import mosaic, save_class_grid, save_error_map
+from speed_diffusers.reports.plots import mosaic, save_class_grid, save_error_comparison, save_error_map
 
 
 def test_a_mosaic_holds_every_image_with_gaps_between() -> None:
@@ -37,6 +39,30 @@ def test_a_class_grid_shows_the_images_unblurred_beside_their_names(tmp_path: Pa
         assert np.ptp(rows) + 1 == np.ptp(columns) + 1 == 64 and len(rows) == 64 * 64
     red, blue = (np.nonzero((picture == colour).all(axis=-1)) for colour in ([255, 0, 0], [0, 0, 255]))
     assert red[0].min() < blue[0].min() and red[1].min() > blue[1].min()
+
+
+FORMULA = "$\\frac{$"  # what matplotlib would read as mathematics, and fail on
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures: list[Figure] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k)))
+    return figures
+
+
+def test_names_and_titles_are_shown_as_they_are(tmp_path: Path, drawn: list[Figure]) -> None:
+    history = ErrorHistory(np.array([1.0]), ErrorBins(1000).edges, np.ones((1, 20)), np.ones((1, 20)))
+    areas = Areas(range(219), range(219, 700), range(700, 1000))
+    save_class_grid(np.zeros((3, 8, 8, 3), np.float32), ["$10_$20", FORMULA, "x" * 9000], FORMULA, tmp_path / "a.png")
+    save_error_map(history, areas, FORMULA, tmp_path / "b.png")
+    save_error_comparison({"runs/$1_$2": history, "_mine": history}, areas, FORMULA, tmp_path / "c.png")
+    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    assert labels[:2] == ["$10_$20", FORMULA] and len(labels[2]) == 200
+    assert [text.get_text().strip() for text in drawn[2].axes[0].get_legend().get_texts()] == ["runs/$1_$2", "_mine"]
+    assert not any(text.get_parse_math() for text in drawn[2].axes[0].get_legend().get_texts())
 
 
 def test_a_map_of_errors_is_drawn_from_one_record_and_from_holes(tmp_path: Path) -> None:
