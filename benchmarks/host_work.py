@@ -52,7 +52,7 @@ class HostWorkConfig(TrainConfig):
     """Options of this benchmark: the trainer's, and these."""
 
     counted_steps: int = option(20, "Steps to count, between two logging steps.", interval="[1, inf)")
-    results_dir: str = option(str(Path(__file__).resolve().parent / "host_work"), "Where the results go.")
+    results_dir: str = option(str(Path(__file__).resolve().parent / "host_work"), "Where the results go.", path=True)
     # A few images do; counts do not depend on them.
     max_train_samples: int | None = option(256, "Train on so many images, chosen at random.", interval="[1, inf)")
 

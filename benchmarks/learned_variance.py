@@ -47,8 +47,8 @@ class BenchmarkConfig(Options):
     max_train_steps: int = option(3000, "Optimizer steps of each run.")
     num_images: int = option(1000, "Generated images per score.")
     num_inference_steps: int = option(250, "Solver steps.")
-    runs_dir: str = option("runs/learned_variance", "Where the runs go.")
-    results_dir: str = option(str(RESULTS), "Where the results go.")
+    runs_dir: str = option("runs/learned_variance", "Where the runs go.", path=True)
+    results_dir: str = option(str(RESULTS), "Where the results go.", path=True)
     report_only: bool = option(False, "Only make table and picture from the results that are there.")
 
 

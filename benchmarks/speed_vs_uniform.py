@@ -41,7 +41,7 @@ class BenchmarkConfig(Options):
     arms: list[str] = option(list(ARMS), "Arms to run.", choices=ARMS)
     max_train_steps: int = option(2000, "Optimizer steps of each run.")
     num_images: int = option(2000, "Generated images per score.")
-    runs_dir: str = option("runs/speed_vs_uniform", "Where the runs go.")
+    runs_dir: str = option("runs/speed_vs_uniform", "Where the runs go.", path=True)
     report_only: bool = option(False, "Only make table and picture from the results that are there.")
 
 

@@ -54,7 +54,7 @@ class StepTimeConfig(TrainConfig):
     pairs: int = option(40, "Pairs of neighbouring blocks, one of each arm.", interval="[2, inf)")
     calls: int = option(2000, "Repetitions of our two calls alone.", interval="[1, inf)")
     allow_load: bool = option(False, f"Measure although the load average is above {MAX_LOAD}.")
-    results_dir: str = option(str(Path(__file__).resolve().parent / "step_time"), "Where the results go.")
+    results_dir: str = option(str(Path(__file__).resolve().parent / "step_time"), "Where the results go.", path=True)
 
 
 @dataclass(frozen=True)

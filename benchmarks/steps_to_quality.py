@@ -56,8 +56,10 @@ class QualityConfig(Options):
     """Options of this benchmark."""
 
     action: str = option("run", "run; status, pause, resume and stop are for a queue that runs.", choices=ACTIONS)
-    work_dir: str = option("runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.")
-    results_dir: str = option(str(RESULTS), "Where the JSON of each run goes.")
+    work_dir: str = option(
+        "runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.", path=True
+    )
+    results_dir: str = option(str(RESULTS), "Where the JSON of each run goes.", path=True)
     settings: list[str] = option(list(SETTINGS), "Settings to run.", choices=SETTINGS)
     arms: list[str] = option([], "Arms to run; empty: all.", choices=ARMS)
     seeds: list[int] = option([], "Seeds to run; empty: those of each arm.")

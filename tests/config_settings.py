@@ -31,6 +31,8 @@ class Settings:
     )
     patch_size: int = field(default=2, metadata={"choices": lambda: [2, 4, 8]})
     trackers: list[str] = field(default_factory=list, metadata={"choices": ("tensorboard", "wandb")})
+    cache_dir: str | None = field(default=None, metadata={"path": True})
+    runs: list[str] = field(default_factory=list, metadata={"path": True})
 
     def __post_init__(self) -> None:
         if self.train_batch_size < 1:

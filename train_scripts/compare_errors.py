@@ -38,8 +38,8 @@ SAME = (
 class CompareConfig(Options):
     """Options of `compare_errors.py`."""
 
-    runs: list[str] = option([], "Folders of runs, two or more.")
-    output: str = option("errors.png", "PNG file to write.")
+    runs: list[str] = option([], "Folders of runs, two or more.", path=True)
+    output: str = option("errors.png", "PNG file to write.", path=True)
 
 
 def main(argv: list[str]) -> None:

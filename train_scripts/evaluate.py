@@ -53,19 +53,21 @@ CURVES_FILE = "score_over_steps.png"
 class EvaluateConfig(GenerationSettings):
     """Options of `evaluate.py`."""
 
-    batch_size: int = option(100, "Images generated at once.", interval="[1, inf)")
-    models: list[str] = option([EMBEDDED], "Run folders, pipeline folders, Hub ids, or 'embedded'.")
+    batch_size: int = option(100, "Images generated at once.", interval="[1, 10^6]")
+    models: list[str] = option([EMBEDDED], "Run folders, pipeline folders, Hub ids, or 'embedded'.", path=True)
     checkpoints: bool = option(False, "Score every checkpoint of each run too.")
     weights: str = option("ema", "Which weights of the checkpoints: EMA weights, or as trained.", choices=WEIGHTS)
-    reference: str = option(EMBEDDED, "'embedded', or a file of make_reference_statistics.py.")
+    reference: str = option(EMBEDDED, "'embedded', or a file of make_reference_statistics.py.", path=True)
     feature_extractor: str = option(
-        FASHION_MNIST, "fashion_mnist, package.module:attribute, path/to/file.py:attribute, or a .safetensors file."
+        FASHION_MNIST,
+        "fashion_mnist, package.module:attribute, path/to/file.py:attribute, or a .safetensors file.",
+        path=True,
     )
     metrics: list[str] = option(list(METRICS), "What to measure.", choices=METRICS)
-    num_images: int = option(2000, "Generated images per score.", interval="[2, inf)")
+    num_images: int = option(2000, "Generated images per score.", interval="[2, 10^7]")
     class_labels: list[str] = option([], "Classes, names or rows of the label table; empty: all in turn.")
     output_dir: str | None = option(
-        None, "Folder for all scores; None: scores/ of each run, and ./scores for what is no run."
+        None, "Folder for all scores; None: scores/ of each run, and ./scores for what is no run.", path=True
     )
 
 

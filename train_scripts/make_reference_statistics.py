@@ -52,11 +52,13 @@ REFERENCE_FILE = "reference_features.safetensors"
 class ReferenceSettings(ImageSettings):
     """All settings of this script; the reference is of validation_data_dir or validation_split."""
 
-    output_dir: str = option("reference", "Folder for the two files.")
-    feature_extractor: str = option(FASHION_MNIST, "Fashion_mnist, a classifier's .safetensors, or module:attribute.")
+    output_dir: str = option("reference", "Folder for the two files.", path=True)
+    feature_extractor: str = option(
+        FASHION_MNIST, "Fashion_mnist, a classifier's .safetensors, or module:attribute.", path=True
+    )
     store_features: bool = option(True, "Keep the features too, for kernel distance, precision and recall.")
-    vae: str | None = option(str(EMBEDDED_PIPELINE / "vae"), "VAE folder for the floor, or None.")
-    floor_images: int = option(10_000, "Training images to compare with.", interval="[2, inf)")
+    vae: str | None = option(str(EMBEDDED_PIPELINE / "vae"), "VAE folder for the floor, or None.", path=True)
+    floor_images: int = option(10_000, "Training images to compare with.", interval="[2, 10^7]")
 
     def __post_init__(self) -> None:
         super().__post_init__()

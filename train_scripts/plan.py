@@ -11,7 +11,6 @@ preset (paper, official, uniform, ...) or density+weighting, or density+weightin
 'strategies=["uniform+p2:k=1,gamma=1", "paper"]'. Costs are estimates by formula.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from speed_diffusers.config.schema import option
 from speed_diffusers.data.listing import describe_ignored, describe_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_output_file
+from speed_diffusers.generation.pretrained import read_scheduler_config
+from speed_diffusers.json_files import check_values, read_object
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.reports.strategy_plot import save_strategy_plot
 from speed_diffusers.reports.strategy_report import describe_cost, describe_strategies, strategy_tables
@@ -53,6 +54,7 @@ class PlanConfig(TrainConfig):
         None,
         "Noise schedule: folder of a scheduler, pipeline or run, or a scheduler class of diffusers; "
         "None: from the options of the training.",
+        path=True,
     )
     strategies: list[str] = option(
         [], 'What to compare: presets or density+weighting, ["a","b"] if one has a comma; empty: the run\'s, uniform.'
@@ -62,15 +64,15 @@ class PlanConfig(TrainConfig):
     )
     gpu: str | None = option("A100", f"For hours and memory: {', '.join(GPUS)}; None leaves them out.")
     num_gpus: int = option(
-        1, "GPUs that share the run, each taking train_batch_size images at once.", interval="[1, inf)"
+        1, "GPUs that share the run, each taking train_batch_size images at once.", interval="[1, 10^6]"
     )
     mfu: float = option(0.25, "Assumed share of the GPU's bf16 peak that training reaches.", interval="(0, 1]")
     num_images: int | None = option(
         None,
         "Images of the data; None: known for train_data_dir, the embedded images and ImageNet.",
-        interval="[1, inf)",
+        interval="[1, 10^12]",
     )
-    output: str | None = option("plan.png", "PNG file to write; None writes none.")
+    output: str | None = option("plan.png", "PNG file to write; None writes none.", path=True)
 
 
 def main(argv: list[str]) -> None:
@@ -146,13 +148,13 @@ def open_scheduler(name: str) -> Any:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise InputError(f"scheduler={name}: neither a run, nor a pipeline or scheduler (no {SCHEDULER_FILE} in it).")
+    saved = read_scheduler_config(found)
     try:
-        saved = json.loads(found.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"scheduler={name}: {found} cannot be read ({error}).") from error
-    if not isinstance(saved, dict):
-        raise InputError(f"scheduler={name}: {found} holds no config of a scheduler.")
-    return speed_scheduler(saved)
+        return speed_scheduler(saved)
+    except InputError:
+        raise
+    except Exception as error:  # whatever diffusers makes of values that its scheduler cannot have
+        raise InputError(f"scheduler={name}: {found} makes no scheduler ({error}).") from error
 
 
 def training_cost(config: PlanConfig) -> TrainingCost:
@@ -191,8 +193,9 @@ def _latent_form(vae: str) -> tuple[int, int]:
     found = next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
     if found is None:
         return DEFAULT_VAE
-    saved = json.loads(found.read_text("utf-8"))
-    if not {"latent_channels", "block_out_channels"} <= set(saved):
+    saved = read_object(found)
+    check_values(found, saved, {"latent_channels": int, "block_out_channels": list[int]})
+    if not (saved.get("latent_channels") and saved.get("block_out_channels")):
         raise InputError(f"pretrained_vae_model_name_or_path={vae}: {found} is not that of an AutoencoderKL.")
     return int(saved["latent_channels"]), int(2 ** (len(saved["block_out_channels"]) - 1))
 

@@ -41,10 +41,10 @@ SCRIPT_DIR = Path(__file__).resolve().parent
 class ProfileConfig(TrainConfig):
     """Options of `profile_training.py`: the trainer's, and these."""
 
-    profile_steps: int = option(20, "Steps to measure.", interval="[1, inf)")
-    profile_warmup_steps: int = option(5, "Steps before that.", interval="[1, inf)")
-    output: str | None = option(None, "PNG to write, the parts of a step as bars.")
-    trace: str | None = option(None, "Chrome trace to write, .json or .json.gz.")
+    profile_steps: int = option(20, "Steps to measure.", interval="[1, 10^6]")
+    profile_warmup_steps: int = option(5, "Steps before that.", interval="[1, 10^6]")
+    output: str | None = option(None, "PNG to write, the parts of a step as bars.", path=True)
+    trace: str | None = option(None, "Chrome trace to write, .json or .json.gz.", path=True)
 
 
 @dataclass(frozen=True)

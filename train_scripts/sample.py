@@ -34,13 +34,15 @@ from speed_diffusers.training.snapshots import load_latest, warn_of_untrained_gu
 class SampleConfig(GenerationSettings):
     """Options of `sample.py`."""
 
-    model: str = option(EMBEDDED, "Run, pipeline folder, Hub id, or 'embedded' for the embedded checkpoint.")
+    model: str = option(
+        EMBEDDED, "Run, pipeline folder, Hub id, or 'embedded' for the embedded checkpoint.", path=True
+    )
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     class_labels: list[str] = option([], "Classes, names or rows of the label table; empty: the first 10.")
-    num_images_per_class: int = option(8, "Images per class.", interval="[1, inf)")
-    guidance_scale: float = option(1.5, "Classifier-free guidance; 1: none.", interval="[1, inf)")
-    batch_size: int = option(32, "Images generated at once.", interval="[1, inf)")
-    output: str = option("samples.png", "PNG file to write.")
+    num_images_per_class: int = option(8, "Images per class.", interval="[1, 1000]")
+    guidance_scale: float = option(1.5, "Classifier-free guidance; 1: none.", interval="[1, 1000]")
+    batch_size: int = option(32, "Images generated at once.", interval="[1, 10^6]")
+    output: str = option("samples.png", "PNG file to write.", path=True)
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 Sources, last wins: the dataclass; every `base.yaml` from `configs/` down to the config file's folder; the config
 file; the command line. Text is taken as it stands (`mixed_precision=no` stays "no") and turned into the field's type.
-`None`, `null` and nothing at all mean none, unless YAML quotes them; lists are `a,b` or `[a,b]`.
+`None`, `null` and nothing at all mean none, unless YAML quotes them, and for a list no items; lists are `a,b` or
+`[a,b]`. A path may begin with `~`, the home folder, which shells leave as it is behind `key=`.
 """
 
 import dataclasses
@@ -124,23 +125,24 @@ def _read_command_line(argv: Sequence[str], settings: Mapping[str, Setting]) -> 
         if not name or not (equals or word.startswith("--")):
             raise InputError(f"'{word}' is not a setting: write key=value (no spaces around =) or --key value")
         setting = _lookup(name.replace("-", "_"), known)
-        text = text if equals else _following_value(setting, words, known)
-        if not text:
+        given = text if equals else _following_value(setting, words, known)
+        # `report_to=` and `--report_to ""` are an empty list; any other option needs a word for nothing.
+        if given is None or not (given or setting.is_list):
             raise InputError(f"{setting.key}: a value is missing; write {setting.key}=VALUE")
         if setting.key in values:
-            raise InputError(f"{setting.key}: given twice, as '{values[setting.key]}' and as '{text}'")
-        values[setting.key] = _Bare(text)
+            raise InputError(f"{setting.key}: given twice, as '{values[setting.key]}' and as '{given}'")
+        values[setting.key] = _Bare(given)
     return values
 
 
-def _following_value(setting: Setting, words: list[str], known: Mapping[str, Setting]) -> str:
-    """Takes the value of `--key` off the words behind it; "true" or nothing where the next setting starts at once."""
+def _following_value(setting: Setting, words: list[str], known: Mapping[str, Setting]) -> str | None:
+    """Takes the value of `--key` off the words behind it; "true" or None where the next setting starts at once."""
     if words and not words[0].startswith("--"):
         name, equals, _ = words[0].partition("=")
         # `--output_dir seed=1` has forgotten the folder; `--trackers a=b` has not, as long as a is no setting.
         if not equals or (setting.item is not bool and name.replace("-", "_") not in known):
             return words.pop(0)
-    return "true" if setting.item is bool else ""
+    return "true" if setting.item is bool else None
 
 
 def _config_files(name: str, script_dir: Path) -> list[Path]:
@@ -174,7 +176,7 @@ def _read_yaml(path: Path) -> dict[str, str | list[str]]:
     """The keys of a YAML file with their values as text: types are the schema's business, not YAML's."""
     try:
         root = yaml.compose(path.read_bytes(), Loader=yaml.BaseLoader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path}: must hold lines of the form 'key: value'")
@@ -194,7 +196,7 @@ def _read_yaml(path: Path) -> dict[str, str | list[str]]:
 def _convert(setting: Setting, raw: str | list[str]) -> object:
     """A setting's value from text; None where the text means none, which OmegaConf then allows or not."""
     if isinstance(raw, _Bare) and raw in _NONE_WORDS:
-        return None
+        return [] if setting.is_list and not setting.optional else None
     if setting.is_list:
         items = _split(setting.key, raw) if isinstance(raw, _Bare) else raw
         return [_parse(setting, item) for item in ([items] if isinstance(items, str) else items)]
@@ -226,8 +228,24 @@ def _parse(setting: Setting, text: str) -> object:
     except (KeyError, ValueError) as error:
         words = setting.item_words if setting.is_list else setting.words
         raise InputError(f"{setting.key}: '{text}' is not {words}") from error
+    if "\0" in text:
+        raise InputError(f"{setting.key}: {text!r} holds a NUL, which no path, name or label can")
+    if setting.is_path:
+        value = _expand_home(setting.key, str(text))
     if setting.interval is not None:
         setting.interval.require(setting.key, value)
     if setting.choices and value not in setting.choices:
         raise unknown_name(setting.key, str(value), map(str, setting.choices))
     return value
+
+
+def _expand_home(key: str, text: str) -> str:
+    """A path with the home folder in place of a leading `~` or `~user`."""
+    if not text.startswith("~"):
+        return text
+    if text == "~":  # in YAML a word for none
+        raise InputError(f"{key}: '~' is the home folder itself; write None for no value, or a path such as ~/runs")
+    expanded = os.path.expanduser(text)
+    if expanded == text:
+        raise InputError(f"{key}: no home folder is known for '{text}'; for a file of this name write './{text}'")
+    return expanded

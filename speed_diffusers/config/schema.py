@@ -91,6 +91,7 @@ def option(
     interval: str | None = None,
     choices: Iterable[object] | Callable[[], Iterable[object]] = (),
     free: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with its help text and its range.
 
@@ -101,12 +102,14 @@ def option(
             where the type has None.
         choices: Allowed values, if there are only a few; a callable is asked when they are needed.
         free: The value may differ when a run is resumed, because it does not touch what is computed.
+        path: The value, or each of a list, is or may be a path: a leading `~` is the home folder.
     """
     metadata = {
         "help": help,
         "interval": Interval(interval) if interval else None,
         "choices": choices if callable(choices) else tuple(choices),
         "free": free,
+        "path": path,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -125,6 +128,7 @@ class Setting:
     help: str = ""
     interval: Interval | None = None
     choices: tuple[object, ...] = ()
+    is_path: bool = False
 
     @property
     def item_words(self) -> str:
@@ -166,6 +170,7 @@ def settings_of(schema: "type[DataclassInstance]") -> dict[str, Setting]:
             about.get("help", ""),
             about.get("interval"),
             tuple(choices() if callable(choices) else choices),
+            about.get("path", False),
         )
     return settings
 

@@ -32,13 +32,13 @@ class ImageSettings(Options):
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
     split: str = option("train", "Split to train on, train[:10%] too; locally as names say it.")
     validation_split: str | None = option(None, "Split to measure on, likewise.")
-    train_data_dir: str | None = option(None, "Image folder, parquet folder or file.")
-    validation_data_dir: str | None = option(None, "Held-out images, like train_data_dir.")
+    train_data_dir: str | None = option(None, "Image folder, parquet folder or file.", path=True)
+    validation_data_dir: str | None = option(None, "Held-out images, like train_data_dir.", path=True)
     image_column: str = option("image", "Column with the images.")
     label_column: str | None = option("label", "Column with the class, or None.")
-    cache_dir: str | None = option(None, "Where datasets keeps its copies.")
-    resolution: int = option(32, "Side of the images in pixels.", interval="[8, inf)")
-    num_workers: int = option(0, "Processes that decode images.", interval="[0, inf)")
+    cache_dir: str | None = option(None, "Where datasets keeps its copies.", path=True)
+    resolution: int = option(32, "Side of the images in pixels.", interval="[8, 2^14]")
+    num_workers: int = option(0, "Processes that decode images.", interval="[0, 256]")
     seed: int = option(0, "Initialisation, order and everything random.", interval="[0, 2^63)")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """Images from a pipeline: one seed per image, in lazy batches; and classes as people name them."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from diffusers import DiTPipeline
 
 from ..config.schema import Options, option
 from ..errors import InputError, unknown_name
+from ..json_files import check_values, read_object
 from ..models import NULL_CLASS
 from ..pipelines import SpeeDDiTPipeline
 from ..pipelines.pipeline_dit_speed import ambiguous_name, find_rows
@@ -30,7 +30,7 @@ class GenerationSettings(Options):
         InputError: A number lies outside its range.
     """
 
-    guidance_scale: float = option(1.0, "Classifier-free guidance; 1: none.", interval="[1, inf)")
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1: none.", interval="[1, 1000]")
     guidance_channels: int | None = option(
         None, "Latent channels to guide, from the first; None: all. DiT guided 3 of 4.", interval="[1, inf)"
     )
@@ -40,7 +40,7 @@ class GenerationSettings(Options):
     sampler: str | None = option(None, "Solver; None: the pipeline's own.", choices=SAMPLERS)
     num_inference_steps: int = option(50, "Solver steps.", interval="[1, inf)")
     seed: int = option(0, "Seed; the noise of image i depends on it and i alone.", interval="[0, 2^63)")
-    batch_size: int = option(64, "Images generated at once.", interval="[1, inf)")
+    batch_size: int = option(64, "Images generated at once.", interval="[1, 10^6]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,7 +187,9 @@ def _id2label_of_folder(pipeline: DiTPipeline) -> dict[str, str] | None:
     index = Path(str(pipeline.config.get("_name_or_path") or "")) / "model_index.json"
     if not pipeline.labels or not index.is_file():
         return None
-    names: dict[str, str] = json.loads(index.read_text(encoding="utf-8")).get("id2label") or {}
+    values = read_object(index)
+    check_values(index, values, {"id2label": dict[str, str] | None})
+    names: dict[str, str] = values.get("id2label") or {}
     parts = {part.strip() for name in names.values() for part in name.split(",")}
     return names if parts == set(pipeline.labels) else None
 

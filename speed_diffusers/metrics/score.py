@@ -40,8 +40,8 @@ class ScoreSettings(GenerationSettings):
         reference: What the features are compared with.
     """
 
-    batch_size: int = option(100, "Images generated at once.", interval="[1, inf)")
-    num_images: int = option(2000, "Generated images.", interval="[2, inf)")
+    batch_size: int = option(100, "Images generated at once.", interval="[1, 10^6]")
+    num_images: int = option(2000, "Generated images.", interval="[2, 10^7]")
     class_rows: Sequence[int] | None = None
     weights: str = "ema"
     metrics: Sequence[str] = field(default_factory=lambda: tuple(METRICS))

@@ -50,26 +50,38 @@ class _DataAndModel(Options):
     dataset_config_name: str | None = option(None, "Configuration of the dataset, if it has several.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset on the Hub.")
     dataset_split: str = option("train", "Split to train on, or a part: train[:10%].")
-    train_data_dir: str | None = option(None, "One sub-folder of images per class, or parquet files.", free=True)
+    train_data_dir: str | None = option(
+        None, "One sub-folder of images per class, or parquet files.", free=True, path=True
+    )
     image_column: str = option("image", "Column that holds the images.")
     label_column: str | None = option("label", "Column that holds the classes; None trains without classes.")
     max_train_samples: int | None = option(None, "Train on so many images, chosen at random.", interval="[1, inf)")
-    cache_dir: str | None = option(None, "Of downloads and cached latents; None: that of datasets.", free=True)
-    resolution: int = option(256, "Side of the square training images, in pixels.", interval="[1, inf)")
+    cache_dir: str | None = option(
+        None, "Of downloads and cached latents; None: that of datasets.", free=True, path=True
+    )
+    resolution: int = option(256, "Side of the square training images, in pixels.", interval="[1, 2^14]")
     center_crop: bool = option(True, "Crop the centre square; false squeezes the whole image into a square.")
     random_flip: bool = option(False, "Mirror half of the images left to right.")
     cache_latents: bool = option(True, "Encode the images once; false encodes them in every step.")
-    vae_batch_size: int = option(32, "Images that the VAE encodes or decodes at once.", interval="[1, inf)", free=True)
+    vae_batch_size: int = option(
+        32, "Images that the VAE encodes or decodes at once.", interval="[1, 10^6]", free=True
+    )
     dataloader_num_workers: int = option(
-        0, "Processes that load data; 0 loads in the training process.", interval="[0, inf)", free=True
+        0, "Processes that load data; 0 loads in the training process.", interval="[0, 256]", free=True
     )
 
     # Model
     model: str = option("DiT-XL/2", "Size and patch of the transformer.", choices=MODEL_NAMES)
-    num_classes: int | None = option(None, "Classes of the model; None: as many as the data has.", interval="[0, inf)")
-    pretrained_model_name_or_path: str | None = option(None, "DiT to fine-tune: run, pipeline folder, Hub id.")
+    num_classes: int | None = option(
+        None, "Classes of the model; None: as many as the data has.", interval="[0, 10^6]"
+    )
+    pretrained_model_name_or_path: str | None = option(
+        None, "DiT to fine-tune: run, pipeline folder, Hub id.", path=True
+    )
     pretrained_vae_model_name_or_path: str = option(
-        "stabilityai/sd-vae-ft-ema", "AutoencoderKL: folder, Hub id, or 'embedded' for the one in the package."
+        "stabilityai/sd-vae-ft-ema",
+        "AutoencoderKL: folder, Hub id, or 'embedded' for the one in the package.",
+        path=True,
     )
     revision: str | None = option(None, "Branch, tag or commit of the pretrained model on the Hub.")
     tie_embedders: bool = option(True, "One timestep and label embedder for all blocks, as in DiT.")
@@ -81,7 +93,7 @@ class _DataAndModel(Options):
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
 
     # Diffusion process and SpeeD
-    num_train_timesteps: int = option(1000, "Timesteps of the diffusion process.", interval="[2, inf)")
+    num_train_timesteps: int = option(1000, "Timesteps of the diffusion process.", interval="[2, 10^6]")
     beta_schedule: str = option(
         "linear", "Noise schedule.", choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
     )
@@ -94,7 +106,7 @@ class _DataAndModel(Options):
     flow_shift: float = option(
         1.0,
         "Shift of a flow's times, for large images; above 1 favours much noise: log SNR falls by 2 ln(shift).",
-        interval="(0, inf)",
+        interval="[0.001, 1000]",
     )
     variance_type: str = option(
         "fixed_small",
@@ -122,18 +134,20 @@ class TrainConfig(_WithSpeeD):
     )
 
     # Optimisation
-    train_batch_size: int = option(32, "Images per device at once.", interval="[1, inf)", free=True)
+    train_batch_size: int = option(32, "Images per device at once.", interval="[1, 10^6]", free=True)
     gradient_accumulation_steps: int = option(
-        1, "Batches whose gradients make one optimizer step.", interval="[1, inf)", free=True
+        1, "Batches whose gradients make one optimizer step.", interval="[1, 10^6]", free=True
     )
-    max_train_steps: int = option(400_000, "Optimizer steps of the run.", interval="[1, inf)")
+    max_train_steps: int = option(400_000, "Optimizer steps of the run.", interval="[1, 10^9]")
     learning_rate: float = option(1e-4, "Learning rate after the warm-up.", interval="(0, inf)")
     lr_scheduler: str = option(
         "constant_with_warmup",
         "Learning-rate schedule.",
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
-    lr_warmup_steps: int = option(0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, inf)")
+    lr_warmup_steps: int = option(
+        0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, 10^9]"
+    )
     optimizer: str = option(
         "adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for all else.", choices=OPTIMIZERS
     )
@@ -143,10 +157,10 @@ class TrainConfig(_WithSpeeD):
     muon_momentum: float = option(0.95, "Muon's decay of the momentum.", interval="[0, 1)")
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment.", interval="[0, 1)")
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment.", interval="[0, 1)")
-    adam_weight_decay: float = option(0.0, "AdamW's weight decay.", interval="[0, inf)")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", interval="(0, inf)")
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay.", interval="[0, 1000]")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", interval="[1e-30, 1e6]")
     max_grad_norm: float | None = option(
-        1.0, "Gradients are scaled down to this norm; None: never.", interval="(0, inf)"
+        1.0, "Gradients are scaled down to this norm; None: never.", interval="[1e-12, inf)"
     )
     ema_decay: float | None = option(
         None, "Decay of the EMA weights; None: half-life of 5 % of the run.", interval="[0, 1)"
@@ -166,31 +180,40 @@ class TrainConfig(_WithSpeeD):
         None,
         "Held-out images, like train_data_dir: their loss at fixed noise levels, every validation_steps.",
         free=True,
+        path=True,
     )
     validation_split: str | None = option(None, "Held-out split of the data, or of validation_data_dir.", free=True)
     max_validation_samples: int = option(500, "Use at most so many held-out images.", interval="[1, inf)", free=True)
     validation_class_labels: list[str] = option(
         [], "Its classes, names or rows of the label table; empty: the first 10.", free=True
     )
-    num_validation_images: int = option(8, "Images per class in the grid.", interval="[1, inf)", free=True)
-    guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", interval="[1, inf)", free=True)
+    num_validation_images: int = option(8, "Images per class in the grid.", interval="[1, 1000]", free=True)
+    guidance_scale: float = option(1.5, "Guidance of the grid; 1: none.", interval="[1, 1000]", free=True)
     sampler: str | None = option(None, "Of grid and score; None: DDIM.", choices=SAMPLERS, free=True)
     num_inference_steps: int = option(50, "Solver steps of grid and score.", interval="[1, inf)", free=True)
     num_score_images: int | None = option(
-        None, "Score the result with so many images; None: no score.", interval="[2, inf)", free=True
+        None, "Score the result with so many images; None: no score.", interval="[2, 10^7]", free=True
     )
     score_reference: str = option(
-        EMBEDDED, "What they are held against: 'embedded', or a file of make_reference_statistics.py.", free=True
+        EMBEDDED,
+        "What they are held against: 'embedded', or a file of make_reference_statistics.py.",
+        free=True,
+        path=True,
     )
     feature_extractor: str = option(
-        FASHION_MNIST, "What they are seen with: fashion_mnist, or module:attribute as for evaluate.py.", free=True
+        FASHION_MNIST,
+        "What they are seen with: fashion_mnist, or module:attribute as for evaluate.py.",
+        free=True,
+        path=True,
     )
 
     # Output
-    output_dir: str = option("runs/dit_speed", "Folder of the run.", free=True)
+    output_dir: str = option("runs/dit_speed", "Folder of the run.", free=True, path=True)
     overwrite_output_dir: bool = option(False, "Delete the run that the folder holds.", free=True)
     logging_steps: int = option(50, "Log every so many steps.", interval="[1, inf)", free=True)
-    report_to: list[str] = option(["tensorboard"], "Trackers by name; empty: metrics.jsonl only.", free=True)
+    report_to: list[str] = option(
+        ["tensorboard"], "Trackers by name, or all; none or empty: metrics.jsonl only.", free=True
+    )
     tracker_project_name: str = option("speed_diffusers", "Project name in the trackers.", free=True)
     checkpointing_steps: int | None = option(
         5000, "Save the state every so many steps; None: at the end.", interval="[1, inf)", free=True
@@ -198,7 +221,7 @@ class TrainConfig(_WithSpeeD):
     checkpoints_total_limit: int | None = option(
         None, "Keep the newest so many; None: all.", interval="[1, inf)", free=True
     )
-    resume_from_checkpoint: str | None = option(None, "'latest' or the folder of a checkpoint.", free=True)
+    resume_from_checkpoint: str | None = option(None, "'latest' or the folder of a checkpoint.", free=True, path=True)
     allow_config_changes: bool = option(False, "Resume although options that matter have changed.", free=True)
     dry_run: bool = option(False, "Check everything, print the plan, write nothing.", free=True)
 

@@ -48,6 +48,9 @@ def test_text_becomes_the_type_of_the_field(word, value):
         ("class_ids=[207, 360]", [207, 360]),
         ("class_ids=[]", []),
         ("class_ids=[ ]", []),
+        ("class_ids=", []),
+        ("class_ids=None", []),
+        ("class_labels=null", []),
         ("class_labels=Sneaker,Dress", ["Sneaker", "Dress"]),
         ("class_labels=T-shirt/top, Ankle boot", ["T-shirt/top", "Ankle boot"]),
         ('class_labels=["tench, Tinca tinca",207]', ["tench, Tinca tinca", "207"]),
@@ -86,7 +89,6 @@ def test_lists(word, value):
         ("betas=0.9,inf", "betas: 'inf' is not a finite number"),
         ("patch_size=None", "patch_size: 'None' means no value, but patch_size must be a whole number"),
         ("output_dir=null", "output_dir: 'null' means no value, but output_dir must be text"),
-        ("class_ids=None", "class_ids: 'None' means no value, but class_ids must be a list of whole numbers"),
         ("sampling=papr", "Unknown sampling 'papr'. Did you mean 'paper'? Allowed: none, paper, uniform."),
         ("patch_size=3", "Unknown patch_size '3'. Allowed: 2, 4, 8."),
         ("trackers=wandb,wandbb", "Unknown trackers 'wandbb'. Did you mean 'wandb'? Allowed: tensorboard, wandb."),
@@ -102,6 +104,39 @@ def test_references_to_other_values_are_refused(key, text, tmp_path):
     error = f"{key}: '{text}' refers to another value, which is not supported; write the value"
     assert message(f"{key}={text}") == error
     assert yaml_message(f"{key}: '{text}'", tmp_path) == error
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("~/x", "{home}/x"),
+        ("~", None),
+        ("~nobody-of-this-name/x", None),
+        ("./~x", "./~x"),
+        ("a/~/x", "a/~/x"),
+        ("x~", "x~"),
+    ],
+)
+def test_a_path_may_begin_with_the_home_folder(text, value, tmp_path, monkeypatch):
+    home = tmp_path / "someone"
+    monkeypatch.setenv("HOME", str(home))
+    for read in (load, lambda word: load_yaml(word.replace("=", ": ", 1), tmp_path)):
+        for word, key in ((f"cache_dir={text}", "cache_dir"), (f"runs=[{text},plain]", "runs")):
+            if value is None:
+                with pytest.raises(InputError, match=rf"{key}: .*home"):
+                    read(word)
+            else:
+                path = value.format(home=home)
+                assert getattr(read(word), key) == (path if key == "cache_dir" else [path, "plain"])
+    # Text that is no path stays as it is.
+    assert load(f"output_dir={text}").output_dir == text
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir", "class_labels"])
+def test_a_nul_is_refused_before_anything_is_opened(key, tmp_path):
+    error = f"{key}: 'a\\x00b' holds a NUL, which no path, name or label can"
+    assert message(f"{key}=a\0b") == error
+    assert yaml_message(f'{key}: "a\\0b"', tmp_path) == error
 
 
 # YAML
@@ -128,6 +163,7 @@ def test_references_to_other_values_are_refused(key, text, tmp_path):
         ("class_ids: 1,2", {"class_ids": [1, 2]}),
         ("class_ids: 1", {"class_ids": [1]}),
         ("class_ids: []", {"class_ids": []}),
+        ("class_ids:", {}),
         ('class_labels: ["tench, Tinca tinca", no]', {"class_labels": ["tench, Tinca tinca", "no"]}),
         ('class_labels: [null, "", 1e3]', {"class_labels": ["null", "", "1e3"]}),
         ('class_labels: "tench, Tinca tinca"', {"class_labels": ["tench, Tinca tinca"]}),

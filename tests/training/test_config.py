@@ -5,13 +5,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from range_ends import range_ends
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Setting, help_text, settings_of
 from speed_diffusers.errors import InputError
 from speed_diffusers.settings import SPEED_DEFAULTS, SPEED_KEYS, SpeeDOptions
 from speed_diffusers.strategy import REGISTRIES
 from speed_diffusers.training.config import TrainConfig, trainer_options
+from speed_diffusers.training.ema import fitted_decay
+from speed_diffusers.training.parts import make_scheduler
 
 SETTINGS = settings_of(TrainConfig)
 RANGED = {key: setting for key, setting in SETTINGS.items() if setting.interval is not None}
@@ -63,6 +68,57 @@ def test_the_ends_of_a_range_decide(key: str) -> None:
         assert getattr(TrainConfig(**at(key, value)), key) == value  # type: ignore[arg-type]
 
 
+OF_THE_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "flow_shift",
+    *(k for k in RANGED if k[:5] == "speed"),
+)
+
+
+@pytest.mark.parametrize("key", OF_THE_PROCESS)
+def test_every_value_of_the_process_gives_sound_tables(key: str) -> None:
+    setting = RANGED[key]
+    flow = {"prediction_type": "flow_prediction"} if key == "flow_shift" else {}
+    for value in range_ends(str(setting.interval), setting.item):
+        # Two timesteps change at one constant rate, which change-aware weights refuse.
+        config = TrainConfig(**at(key, value), **flow, speed_weighting="min_snr")  # type: ignore[arg-type]
+        tables = make_scheduler(config).speed_strategy.tables(0.5)
+        assert bool((tables.pmf >= 0).all()) and float(tables.pmf.sum()) == pytest.approx(1.0), value
+        weights = tables.weights.float()
+        assert bool(torch.isfinite(weights).all() & (weights >= 0).all() & (weights > 0).any()), value
+        if flow:
+            sampler = FlowMatchEulerDiscreteScheduler(shift=value)
+            sampler.set_timesteps(50)
+            for step in sampler.timesteps:
+                sample = sampler.step(torch.ones(1), step, torch.ones(1)).prev_sample
+                assert bool(torch.isfinite(sample)), value
+
+
+@pytest.mark.parametrize("key", [key for key in RANGED if key.startswith("adam_")])
+def test_every_value_of_the_optimizer_steps_to_finite_weights(key: str) -> None:
+    for value in range_ends(str(RANGED[key].interval), float):
+        config = TrainConfig(**{key: value})  # type: ignore[arg-type]
+        # DiT begins with layers whose gradients are exactly zero.
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW(
+            [parameter],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        parameter.grad = torch.tensor([0.0, 0.5])
+        optimizer.step()
+        assert bool(torch.isfinite(parameter).all()), value
+
+
+def test_the_longest_run_still_moves_its_ema_weights() -> None:
+    assert fitted_decay(int(range_ends(str(RANGED["max_train_steps"].interval), int)[1])) < 1.0
+
+
 @pytest.mark.parametrize("key", [key for key, setting in RANGED.items() if setting.optional])
 def test_none_has_no_range(key: str, tmp_path: Path) -> None:
     assert getattr(TrainConfig(**{key: None}), key) is None  # type: ignore[arg-type]
@@ -74,9 +130,9 @@ def test_ranges_are_checked_on_the_way_in_and_shown_in_help(tmp_path: Path) -> N
     path.write_text("speed_k: 0.5")
     with pytest.raises(InputError) as caught:
         load_config(TrainConfig, [f"config={path}"], tmp_path)
-    assert str(caught.value) == f"{path}: speed_k=0.5: must be at least 1."
+    assert str(caught.value) == f"{path}: speed_k=0.5: must lie in [1, 1e6]."
     text = help_text(TrainConfig, None)
-    assert "  speed_k: a finite number in [1, inf), default 5.0\n" in text
+    assert "  speed_k: a finite number in [1, 1e6], default 5.0\n" in text
     for key, setting in RANGED.items():
         assert f"\n  {key}: {setting.words} in {setting.interval}, default {setting.default}\n" in text
 
@@ -98,6 +154,21 @@ def test_the_options_of_speed_are_those_of_the_library() -> None:
     config = TrainConfig(speed_lambda=0.7, speed_k=3.0)  # type: ignore[call-arg]
     assert config.speed == {**SPEED_DEFAULTS, "speed_lambda": 0.7, "speed_k": 3.0}
     assert SpeeDOptions.from_config(config.speed, "epsilon") == SpeeDOptions(lambda_=0.7, k=3.0)
+
+
+def test_every_option_that_is_a_path_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {key for key in SETTINGS if key.endswith(("_dir", "_path", "_checkpoint"))} - {"overwrite_output_dir"}
+    paths |= {"score_reference", "feature_extractor"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(TrainConfig, [f"{key}=~/x" for key in paths], tmp_path)
+    assert {key for key in SETTINGS if getattr(config, key) == str(tmp_path / "x")} == paths
+
+
+@pytest.mark.parametrize("words", [["report_to="], ["--report_to", ""], ["report_to=None"], ["report_to=[]"]])
+def test_no_trackers_in_every_way_to_say_so(words: list[str], tmp_path: Path) -> None:
+    assert load_config(TrainConfig, words, tmp_path).report_to == []
 
 
 def test_help_tells_what_may_be_chosen() -> None:

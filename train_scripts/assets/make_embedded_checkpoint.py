@@ -29,8 +29,8 @@ QUALITY_FILE = "quality.json"
 class EmbeddedCheckpointConfig(Options):
     """Options of `make_embedded_checkpoint.py`."""
 
-    run: str = option("runs/quickstart", "Run, or pipeline folder, to take the transformer from.")
-    output_dir: str = option(str(EMBEDDED_PIPELINE), "Pipeline folder that holds the autoencoder already.")
+    run: str = option("runs/quickstart", "Run, or pipeline folder, to take the transformer from.", path=True)
+    output_dir: str = option(str(EMBEDDED_PIPELINE), "Pipeline folder that holds the autoencoder already.", path=True)
     num_images: int = option(2000, "Generated images of the score.", interval="[2, inf)")
 
 

@@ -48,13 +48,13 @@ PADDING = 2  # 28x28 becomes 32x32, which a VAE can halve twice and a DiT cut in
 class EmbeddedDatasetSettings(Options):
     """All settings of this script."""
 
-    idx_dir: str = option("/usr/share/datasets/fashion-mnist", "Folder of the four .gz IDX files.")
+    idx_dir: str = option("/usr/share/datasets/fashion-mnist", "Folder of the four .gz IDX files.", path=True)
     split: str = option("train", "60,000 or 10,000 images.", choices=tuple(IDX_PREFIXES))
     per_class: int = option(
         900, "Images per class, chosen by the seed; 0 takes all, in their order.", interval="[0, inf)"
     )
     seed: int = option(0, "Chooses the images and their order.", interval="[0, 2^63)")
-    output: str | None = option(None, "The parquet file to write; None: the embedded one of the split.")
+    output: str | None = option(None, "The parquet file to write; None: the embedded one of the split.", path=True)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -40,7 +40,7 @@ from speed_diffusers.metrics.features import SmallClassifier, save_classifier
 class ClassifierSettings(ImageSettings):
     """All settings of this script."""
 
-    output_dir: str = option("classifier", "Folder for the two files.")
+    output_dir: str = option("classifier", "Folder for the two files.", path=True)
     max_train_steps: int = option(3600, "Optimizer steps.", interval="[1, inf)")
     train_batch_size: int = option(128, "Images per step.", interval="[1, inf)")
     learning_rate: float = option(4e-3, "Peak of the cosine schedule.", interval="(0, inf)")

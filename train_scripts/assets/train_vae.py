@@ -47,7 +47,7 @@ WARMUP_STEPS = 100
 class VAESettings(ImageSettings):
     """All settings of this script."""
 
-    output_dir: str = option("vae", "Folder for the VAE; replaces one there.")
+    output_dir: str = option("vae", "Folder for the VAE; replaces one there.", path=True)
     max_train_steps: int = option(3600, "Optimizer steps.", interval="[1, inf)")
     train_batch_size: int = option(64, "Images per step.", interval="[1, inf)")
     learning_rate: float = option(2e-3, "Peak of the cosine schedule.", interval="(0, inf)")
