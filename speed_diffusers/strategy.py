@@ -69,6 +69,7 @@ class SpeeDStrategy:
         # Once, not in the course of the training: what changes there lies between what is known to be sound.
         self._weights = checked_weights(self._weighting, self._weighting(process, self.settings))
         self._latest = self._make(self.settings, checked_pmf(self._sampling, self._pmf(self.settings)))
+        _ = checked_weights(self._weighting, self._latest.weights)  # their mean under the draws may be 0
 
     @property
     def is_loss_aware(self) -> bool:

@@ -310,6 +310,12 @@ def test_tables_that_train_nothing_are_refused_whoever_made_them(options: dict[s
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_weights_that_are_0_wherever_one_draws_have_no_mean_to_scale_by() -> None:
+    options = SpeeDOptions(sampling="gaussian:mean=-20,std=1e-6", lambda_=1.0, normalize_weights=True)
+    with pytest.raises(InputError, match="speed_weighting='change_aware': the weights run from nan to nan"):
+        SpeeDStrategy(process_of("linear"), options)
+
+
 def test_presets_name_registered_functions() -> None:
     assert set(PRESETS) >= {"paper", "uniform"}
     for preset in PRESETS.values():
