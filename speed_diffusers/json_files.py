@@ -80,7 +80,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
     if hint in (None, NoneType):
         return value is None
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> str:

@@ -70,9 +70,9 @@ def load_label_names(folder: Path) -> list[str] | None:
     try:
         names: list[str] | None = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
+        raise InputError(f"{path} cannot be read as JSON ({error}); without it the data tells the names.") from error
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise InputError(f"{path} must hold a list of the classes' names, or null.")
+        raise InputError(f"{path} must hold a list of the classes' names, or null; without it the data tells them.")
     return names
 
 
