@@ -66,7 +66,7 @@ class KillsConfig(Options):
 
     kills: int = option(20, "Kills, each of a run of its own.", interval="[2, inf)")
     seed: int = option(0, "Seed of the places.", interval="[0, 2^63)")
-    results_dir: str = option(str(Path(__file__).resolve().parent / "kills"), "Where the results go.")
+    results_dir: str = option(str(Path(__file__).resolve().parent / "kills"), "Where the results go.", path=True)
 
 
 @dataclass(frozen=True)
