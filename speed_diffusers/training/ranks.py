@@ -8,8 +8,9 @@ import json
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
 from itertools import count
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
@@ -20,13 +21,13 @@ logger = logging.getLogger(__name__)
 MEETING = "waiting for all"
 """The part of a step at which a rank is while it waits in `Ranks.meet`."""
 
+_GONE = "gone"
 _PERIODS_OF_SILENCE = 3
 _RANKS_NAMED = 8
 _numbers = count()
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a rank is.
 
     Attributes:
@@ -89,16 +90,28 @@ class Ranks:
         """Waits for all ranks, however long one of them works alone: in a collective they would time out.
 
         Raises:
-            TimeoutError: A rank has given no sign of life for the timeout.
+            ConnectionError: A rank has ended before it came.
+            TimeoutError: A rank gives no sign of life, after the timeout.
         """
         if self.store is None:
             return
         self.at(self._place.step, MEETING)
         self._meetings += 1
-        key = f"meeting {self._meetings}"
-        self.store.add(key, 1)
+        self._arrive(self.store, f"meeting {self._meetings}", waits=True)
+        # The store may live in rank 0, which must leave last.
+        self._arrive(self.store, f"end of meeting {self._meetings}", waits=self.rank == 0)
+
+    def _arrive(self, store: Store, key: str, *, waits: bool) -> None:
+        store.add(key, 1)
         looked = self._since
-        while self.store.add(key, 0) < self.size:
+        while waits:
+            # Asked before the count: who ended after this meeting was in it.
+            has_gone = store.check([_GONE])
+            if store.add(key, 0) == self.size:
+                return
+            if has_gone:
+                rank = store.get(_GONE).decode()
+                raise ConnectionError(f"Rank {rank} has ended at step {self._place.step}; its own message says why.")
             # Rarely once it takes long, for the store is one process.
             time.sleep(min(1.0, 0.01 + (time.monotonic() - self._since) / 20))
             if time.monotonic() - looked > self.timeout:
@@ -111,7 +124,7 @@ class Ranks:
         """Puts this rank's place into the store."""
         assert self.store is not None
         self._beat += 1
-        self.store.set(str(self.rank), json.dumps(asdict(replace(self._place, beat=self._beat))))
+        self.store.set(str(self.rank), json.dumps(self._place._replace(beat=self._beat)))
 
     def warning(self) -> str | None:
         """Who holds up the run; None if it goes on, this rank has said so already, or a lower one will."""
@@ -136,8 +149,11 @@ class Ranks:
         return f"{_named(behind)} {verb} up the run at {places[behind[0]]}; others wait at {ahead}.{ending}"
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, and tells those who would wait for this rank."""
         self._closed.set()
+        if self.store is not None:
+            with suppress(RuntimeError):  # the store has ended with its process
+                self.store.set(_GONE, str(self.rank))
 
     def _tell_and_look(self) -> None:
         try:
@@ -164,7 +180,7 @@ class Ranks:
     def _places(self) -> list[Place]:
         assert self.store is not None
         keys = [str(rank) for rank in range(self.size)]
-        return [Place(**json.loads(self.store.get(key))) if self.store.check([key]) else Place() for key in keys]
+        return [Place(*json.loads(self.store.get(key))) if self.store.check([key]) else Place() for key in keys]
 
 
 def _named(ranks: list[int]) -> str:

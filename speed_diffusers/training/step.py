@@ -29,10 +29,11 @@ class MicroStep:
     result: DenoisingLoss
     timesteps: Tensor
 
-    def by_image(self) -> Tensor:
-        """float32 (B, 2): timestep and loss of each image, the variance term included."""
-        losses, bits = self.result.squared_error, self.result.variance_bits
-        return torch.stack((self.timesteps.float(), losses if bits is None else losses + bits), -1)
+    @property
+    def losses(self) -> Tensor:
+        """Float32 (B,), each image's, the variance term included."""
+        error, bits = self.result.squared_error, self.result.variance_bits
+        return error if bits is None else error + bits
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
             grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), max_norm)
             if isinstance(grad_norm, DTensor):  # of a sharded model
                 grad_norm = grad_norm.full_tensor()
-            run.guard.observe(grad_norm, step + 1, [micro_step.by_image() for micro_step in micro_steps])
+            run.guard.observe(grad_norm, step + 1, [(each.timesteps, each.losses) for each in micro_steps])
         with labelled("optimizer"):
             run.optimizer.step()
             run.optimizer.zero_grad()

@@ -146,10 +146,10 @@ class StepLog:
         if failed_step is not None:
             self.close()
             # All processes have seen the same norm, so all of them come here.
-            timesteps, errors = accelerator.gather(guard.failed_images()[None]).cpu().unbind(-1)
+            timesteps, losses = accelerator.gather(guard.images_of(failed_step)[None]).cpu().unbind(1)
             raise FloatingPointError(
                 f"The gradients of step {failed_step} are not finite; nothing was applied from then on. "
-                f"{describe_images(timesteps, errors)} Resume from the last checkpoint with a lower learning_rate or "
+                f"{describe_images(timesteps, losses)} Resume from the last checkpoint with a lower learning_rate or "
                 "max_grad_norm=1."
             )
 

@@ -28,7 +28,7 @@ class Run:
         if poison is not None:
             self.model[0].weight.grad[1, 2] = poison
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.guard.observe(norm, self.step, [torch.tensor([[10.0 * self.step, norm]])])
+        self.guard.observe(norm, self.step, [(torch.tensor([10 * self.step]), norm[None])])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -57,8 +57,9 @@ def test_the_first_bad_step_is_the_one_reported() -> None:
     for step in range(1, 12):
         run.train(float("nan") if step in (4, 6, 11) else None)
     assert run.guard.failed_step() == 4
-    timestep, error = run.guard.failed_images()[0]
-    assert timestep == 40 and error.isnan(), "of that step, not of the last"
+    (timestep,), (loss,) = run.guard.images_of(4)
+    assert timestep == 40 and loss.isnan()
+    assert run.guard.images_of(12).shape == (2, 0), "not taken yet"
 
 
 def test_images_are_named_by_rank_and_timestep() -> None:
@@ -66,6 +67,7 @@ def test_images_are_named_by_rank_and_timestep() -> None:
     errors = torch.tensor([[0.5, 0.25], [float("inf"), 0.125]])
     assert describe_images(timesteps, errors) == "1 of its 4 losses were not finite: rank 1 at timesteps 40."
     assert describe_images(timesteps, errors.nan_to_num()) == "All its losses were finite, at timesteps 3 to 999."
+    assert describe_images(timesteps[:, :0], errors[:, :0]).startswith("Its images are not known any more: more than")
     many = describe_images(torch.arange(20.0)[None], torch.full((1, 20), float("nan")))
     assert many.startswith("20 of its 20 losses") and many.endswith(
         "rank 0 at timesteps 0, 1, 2, 3, 4, 5, 6, 7 and 12 more."
@@ -99,8 +101,8 @@ def test_step_numbers_beyond_a_million_are_exact() -> None:
 def test_observing_never_waits_for_the_device() -> None:
     run = Run()
     with OperationCounter() as counter:
-        run.guard.observe(torch.tensor(1.0), 1, [torch.ones(4, 2)])
-        run.guard.observe(torch.tensor(float("nan")), 2, [torch.ones(4, 2)])
+        run.guard.observe(torch.tensor(1.0), 1, [(torch.ones(4), torch.ones(4))])
+        run.guard.observe(torch.tensor(float("nan")), 2, [(torch.ones(4), torch.ones(4))])
     assert counter.total > 0 and counter.host_waits.total() == 0
     with OperationCounter() as counter:
         assert run.guard.failed_step() == 2

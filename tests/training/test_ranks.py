@@ -101,6 +101,19 @@ def test_nobody_waits_for_a_rank_that_has_gone(clock: Clock, monkeypatch: pytest
         ranks[0].meet()
 
 
+def test_a_rank_that_ends_after_a_meeting_was_in_it_and_one_that_ends_before_was_not(clock: Clock) -> None:
+    ranks = three_ranks()
+    store = ranks[0].store
+    for key in ("meeting 1", "end of meeting 1"):
+        store.add(key, 2)
+    ranks[0].meet()
+    ranks[0].close()
+    store.add("meeting 1", -1)
+    ranks[1].meet()
+    with pytest.raises(ConnectionError, match="Rank 0 has ended at step 0"):
+        ranks[1].meet()
+
+
 def test_one_process_has_nobody_to_meet() -> None:
     ranks = Ranks(0, 1, None, timeout=80.0)
     ranks.at(1, "data")
