@@ -1,7 +1,8 @@
 """The training script with its model sharded by FSDP2 over processes on CPUs.
 
-Launched by torchrun with a folder for what the processes meet by, and the options of runs that follow one another,
-split by `--`. Accelerate shards on accelerators alone; told after it has been made that it is to, it does on CPUs too.
+Started once for each rank, with torchrun's environment, a folder for what the processes meet by, and the options of
+runs that follow one another, split by `--`. Accelerate shards on accelerators alone; told after it has been made that
+it is to, it does on CPUs too.
 """
 
 import os

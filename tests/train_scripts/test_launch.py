@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -115,10 +116,9 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
         assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
 
 
-def test_two_processes_train_as_one_does(tiny_options: list[str], tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(train: Callable[..., Path], tiny_options: list[str], tmp_path: Path) -> None:
     options = [part for part in tiny_options if not part.startswith(("train_batch_size", "output_dir"))]
-    alone = launch([sys.executable, TRAIN, *options, "train_batch_size=4", f"output_dir={tmp_path / 'one'}"])
-    assert alone.returncode == 0, alone.stderr
+    train(tmp_path / "one")
     pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options]
     together = launch([*pair, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"])
     assert together.returncode == 0, together.stderr

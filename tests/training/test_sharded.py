@@ -74,13 +74,22 @@ def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
         "taken-over": ["train_batch_size=1", "max_train_steps=4", f"resume_from_checkpoint={alone / 'checkpoint-2'}"],
         "bf16": ["train_batch_size=2", "max_train_steps=1", "mixed_precision=bf16"],
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(TESTS / "sharded_training.py"), str(tmp_path)]
+    command = [sys.executable, str(TESTS / "sharded_training.py"), str(tmp_path)]
     for name, options in runs.items():
         command += [*kept, f"output_dir={tmp_path / name}", *options, "--"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command[:-1], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = []
+    for rank in ("0", "1"):
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command[:-1], env=own, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
     back = train(tmp_path / "back", *short, f"resume_from_checkpoint={tmp_path / 'sharded' / 'checkpoint-2'}")
     expected = final_tensors(alone, 4)
     for folder in (tmp_path / "sharded", tmp_path / "taken-over", back):
