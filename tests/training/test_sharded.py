@@ -78,7 +78,7 @@ def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
     for name, options in runs.items():
         command += [*kept, f"output_dir={tmp_path / name}", *options, "--"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ranks = []
     for rank in ("0", "1"):
         own = environment | {"RANK": rank, "LOCAL_RANK": rank}
