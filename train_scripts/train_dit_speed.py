@@ -20,6 +20,7 @@ from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
 from speed_diffusers.training.results import (
+    check_images,
     describe_costs,
     describe_plan,
     save_results,
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> None:
     inputs.accelerator.print(describe_plan(inputs))
     if config.dry_run:
         inputs.accelerator.print(f"\n{describe_costs(inputs)}")
+        if config.check_images and inputs.accelerator.is_main_process:
+            print(f"\n{check_images(inputs)}")
         return
     run = start_run(inputs)
     start_trackers(run)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +12,9 @@ from tqdm import tqdm
 from ..config.schema import Options, option
 from ..errors import InputError
 from . import ImageDataset, ImageSource, collate, open_images
+from .bad_images import MAX_BAD_IMAGES, BadImages
 from .batch_sampler import BatchLayout, BatchOrder
+from .images import note_bad_rows
 from .workers import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ class ImageSettings(Options):
     label_column: str | None = option("label", "Column with the class, or None.")
     cache_dir: str | None = option(None, "Where datasets keeps its copies.", path=True)
     resolution: int = option(32, "Side of the images in pixels.", interval="[8, 2^14]")
+    max_bad_images: float = option(
+        MAX_BAD_IMAGES, "Share of images that may be unreadable; the next good one replaces each.", interval="[0, 1]"
+    )
     num_workers: int = option(0, "Processes that decode images.", interval="[0, 256]")
     seed: int = option(0, "Initialisation, order and everything random.", interval="[0, 2^63)")
 
@@ -99,9 +105,11 @@ def batch_reader(source: ImageSource, settings: ImageSettings, *, images_to_read
     size = len(source) * 3 * settings.resolution**2
     if size > PRELOAD_BYTES or images_to_read < len(source):
         return lambda order: _load(source, settings, order)
-    decoded = all_batches(source, settings, description="decode")
-    images = torch.cat([(batch * 255).round().to(torch.uint8) for batch, _ in decoded])
-    labels = torch.from_numpy(source.labels)
+    decoded = [
+        ((batch * 255).round().to(torch.uint8), labels)
+        for batch, labels in all_batches(source, settings, description="decode")
+    ]
+    images, labels = (torch.cat(parts) for parts in zip(*decoded, strict=True))
     return lambda order: ((images[rows].float() / 255, labels[rows]) for rows in order)
 
 
@@ -114,9 +122,16 @@ def all_batches(
     yield from tqdm(_load(source, settings, order), desc=description, total=len(order), unit="batch", leave=False)
 
 
+@cache
+def _bad_images_of(source: ImageSource, max_share: float) -> BadImages:
+    """Of all passes over the images together, so that each bad one is told once."""
+    return BadImages(len(source), max_share)
+
+
 def _load(
     source: ImageSource, settings: ImageSettings, order: BatchOrder | list[list[int]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    bad_images = _bad_images_of(source, settings.max_bad_images)
     dataset = ImageDataset(source, resolution=settings.resolution)
     loader = DataLoader(
         dataset,
@@ -126,4 +141,5 @@ def _load(
         worker_init_fn=end_with_parent,
     )
     for batch in loader:
+        note_bad_rows(batch, source, bad_images)
         yield batch["pixel_values"].float() / 255, batch["labels"]

@@ -4,6 +4,8 @@ Everything a user can have got wrong is checked here, before the first training 
 """
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +15,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..assets import EMBEDDED, EMBEDDED_IMAGES
 from ..errors import InputError, unknown_name
 from ..randomness import keyed_seed
-from .decode import load_image
+from .bad_images import BadImage, BadImages
+from .decode import UnreadableImage, load_image
 from .labels import read_labels
 from .local import load_local
 from .remote import load_remote
+from .signature import data_signature
+
+BAD_ROWS = "bad_rows"
+
+CHECKED_AT_ONCE = 1024
+
+FIRST_IMAGES = 8
+"""If none of the first so many rows can be read, the column is taken to hold no images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,25 +61,50 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def signature(self) -> str:
-        """Hash of the labels, their names and the bytes of 32 images, wherever and whenever the files were written.
+    def signature(self, earlier: str | None = None) -> str:
+        """What a resumed run holds against its checkpoint; see `data_signature`.
 
-        What a resumed run holds against its checkpoint: `fingerprint` changes when a set is copied to another disk.
+        `fingerprint` changes when a set is copied to another disk, and this does not.
+
+        Args:
+            earlier: The checkpoint's signature, whose rule is taken.
         """
-        digest = hashlib.sha256(f"{len(self)} {self.label_names}".encode())
-        digest.update(self.labels.tobytes())
-        for row in np.linspace(0, len(self) - 1, min(32, len(self)), dtype=int).tolist():
-            image = self.dataset[row][self.image_column] or {"bytes": b""}
-            digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
-        return digest.hexdigest()
+        return data_signature(self.dataset, self.image_column, self.labels, self.label_names, earlier=earlier)
 
     def load(self, row: int, resolution: int, center_crop: bool = True) -> npt.NDArray[np.uint8]:
         """Decodes row `row` to uint8 (resolution, resolution, 3); see `load_image`.
 
         Raises:
-            InputError: If the image is missing or damaged; the message gives the row.
+            UnreadableImage: If the image is missing or damaged; the message gives the row.
         """
         return self.decode(self.dataset[row][self.image_column], row, resolution, center_crop)
+
+    def load_or_next(
+        self, row: int, resolution: int, center_crop: bool = True
+    ) -> tuple[npt.NDArray[np.uint8], int, list[BadImage]]:
+        """Decodes row `row`, or the next that can be read; behind the last comes the first.
+
+        Returns:
+            The image as from `load`, its row, whose label goes with it, and the bad images before it.
+
+        Raises:
+            InputError: None can be read.
+        """
+        bad: list[BadImage] = []
+        for used in (*range(row, len(self)), *range(row)):
+            try:
+                return self.load(used, resolution, center_crop), used, bad
+            except UnreadableImage as error:
+                bad.append(BadImage(used, error.path, error.reason))
+        raise InputError(f"None of the {len(self)} images can be read: {bad[0]}")
+
+    def fault(self, row: int) -> BadImage:
+        """What is wrong with an image that could not be read."""
+        try:
+            self.load(row, resolution=1)
+        except UnreadableImage as error:
+            return BadImage(row, error.path, error.reason)
+        return BadImage(row, None, "it could be read at the second try.")
 
     def decode(
         self, image: dict[str, object] | None, row: int, resolution: int, center_crop: bool
@@ -155,7 +192,7 @@ def from_dataset(
         label_names=names,
         fingerprint=key.hexdigest()[:32],
     )
-    source.load(0, resolution=1)  # text or bytes that are no images show now instead of at the first step
+    _check_first(source)
     return source
 
 
@@ -165,6 +202,18 @@ def _share(num_rows: int, limit: int | None) -> npt.NDArray[np.int64] | range:
         return range(num_rows)
     shuffled = np.random.default_rng(keyed_seed(0, "max_train_samples", 0)).permutation(num_rows)
     return np.sort(shuffled[:limit])
+
+
+def _check_first(source: ImageSource) -> None:
+    """Text or bytes that are no images show now instead of at the first step; one bad image among others may pass."""
+    errors = []
+    for row in range(min(FIRST_IMAGES, len(source))):
+        try:
+            source.load(row, resolution=1)
+            return
+        except UnreadableImage as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
@@ -205,20 +254,57 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """One image and its label, without a batch axis."""
-        return {name: value[0] for name, value in self.__getitems__([row]).items()}
+        return {name: value[0] for name, value in self.__getitems__([row]).items() if name != BAD_ROWS}
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        """A batch.
+        """A batch, in which the next good image and its label stand for one that cannot be read.
 
         Returns:
-            "pixel_values": uint8 (B, 3, resolution, resolution), 0..255; "labels": int64 (B,).
+            "pixel_values": uint8 (B, 3, resolution, resolution), 0..255; "labels": int64 (B,); "bad_rows": int64 (M,),
+            the rows that could not be read, M = 0 as a rule.
 
         Raises:
-            InputError: If an image is damaged; the message gives its row.
+            InputError: No image at all can be read.
         """
-        images = np.stack([self.source.load(row, self.resolution, self.center_crop) for row in rows])
-        pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return {"pixel_values": pixel_values, "labels": torch.from_numpy(self.source.labels[rows])}
+        images, used, bad = zip(
+            *(self.source.load_or_next(row, self.resolution, self.center_crop) for row in rows), strict=True
+        )
+        pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        bad_rows = torch.tensor([image.row for found in bad for image in found], dtype=torch.int64)
+        labels = torch.from_numpy(self.source.labels[list(used)])
+        return {"pixel_values": pixel_values, "labels": labels, BAD_ROWS: bad_rows}
+
+
+def note_bad_rows(batch: dict[str, Tensor], source: ImageSource, bad_images: BadImages) -> None:
+    """Takes "bad_rows" out of a batch of `ImageDataset` and adds their images; other batches have none.
+
+    Raises:
+        InputError: They are too many.
+    """
+    rows = batch.pop(BAD_ROWS, torch.empty(0)).tolist()
+    # Batches hold tensors only: what is wrong is seen by reading once more.
+    bad_images.add(source.fault(row) for row in rows if row not in bad_images)
+
+
+def find_bad_images(source: ImageSource, num_threads: int = 8) -> Iterator[BadImage]:
+    """Decodes every image, with a progress bar, and gives those that cannot be read."""
+
+    def is_good(row: int) -> bool:
+        try:
+            source.load(row, resolution=1)
+        except UnreadableImage:
+            return False
+        return True
+
+    with (
+        ThreadPoolExecutor(num_threads) as threads,
+        tqdm(total=len(source), desc="Checking images", unit="image", leave=False) as progress,
+    ):
+        for begin in range(0, len(source), CHECKED_AT_ONCE):
+            rows = range(begin, min(begin + CHECKED_AT_ONCE, len(source)))
+            good = threads.map(is_good, rows)
+            yield from (source.fault(row) for row, fine in zip(rows, good, strict=True) if not fine)
+            progress.update(len(rows))
 
 
 def collate(batch: Any) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Images that lie on this machine: class folders, parquet files, saved `datasets`."""
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -9,8 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
 
+from ..assets import EMBEDDED_IMAGES
 from ..errors import InputError
+from ..files import file_sha256
 from .folders import SUPPORTED, load_images
 from .scan import Folder, Scan, check_names, number, scan, shown
 from .splits import (
@@ -105,8 +111,20 @@ def _split_of_parquet(folders: Sequence[str], name: str, split: str) -> str | No
     return split_in_name(*folders, stem)
 
 
+def _read_into_memory(files: list[Path]) -> datasets.Dataset:
+    """The small set of the package, for which nothing is written: its latents may lie on a read-only disk."""
+    features = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+    return datasets.Dataset(
+        InMemoryTable(pa.concat_tables(pq.read_table(file) for file in files)),
+        info=datasets.DatasetInfo(features=features),
+        fingerprint=hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:32],
+    )
+
+
 def _read_parquet(files: list[Path], path: Path, cache_dir: str | None) -> datasets.Dataset:
     """`load_dataset` on files of our choice: by itself it guesses splits from any word in a path ("test_1.png")."""
+    if path == EMBEDDED_IMAGES.parent:
+        return _read_into_memory(files)
     check_names(str(file) for file in files)
     if "::" in str(path):
         raise InputError(f"'{path}': datasets reads '::' in a path as an archive; rename the folder.")

@@ -56,6 +56,10 @@ class _DataAndModel(Options):
     image_column: str = option("image", "Column that holds the images.")
     label_column: str | None = option("label", "Column that holds the classes; None trains without classes.")
     max_train_samples: int | None = option(None, "Train on so many images, chosen at random.", interval="[1, inf)")
+    max_bad_images: float = option(
+        0.01, "Share of images that may be unreadable; above it the run stops.", interval="[0, 1]", free=True
+    )
+    check_images: bool = option(False, "A dry run decodes every image too, and lists the bad ones.", free=True)
     cache_dir: str | None = option(
         None, "Of downloads and cached latents; None: that of datasets.", free=True, path=True
     )
@@ -227,6 +231,8 @@ class TrainConfig(_WithSpeeD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.check_images and not self.dry_run:
+            raise InputError("check_images=true: only with dry_run=true.")
         if self.beta_start > self.beta_end:
             raise InputError(
                 f"beta_start={self.beta_start} beta_end={self.beta_end}: must be in order, and beta_end below 1."

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..assets import EMBEDDED
 from ..config.load import config_dict
+from ..data.bad_images import BadImages
+from ..data.images import find_bad_images
 from ..data.listing import describe_ignored, describe_images
 from ..error_bins import ErrorHistory
 from ..errors import InputError
@@ -90,6 +92,17 @@ def describe_costs(inputs: Inputs) -> str:
         gradient_checkpointing=config.gradient_checkpointing,
     )
     return describe_run(inputs.scheduler, cost)
+
+
+def check_images(inputs: Inputs) -> str:
+    """Decodes every image of the data and says how many are bad, each of which is a warning.
+
+    Raises:
+        InputError: They are more than `max_bad_images` allows.
+    """
+    bad_images = BadImages(len(inputs.source), inputs.config.max_bad_images)
+    bad_images.add(find_bad_images(inputs.source))
+    return bad_images.summary() if bad_images else f"All {len(inputs.source):,} images can be read."
 
 
 def tracker_config(config: TrainConfig) -> dict[str, Any]:

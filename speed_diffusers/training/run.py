@@ -12,6 +12,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.bad_images import BadImages
 from ..data.batch_sampler import BatchLayout
 from ..data.images import ImageSource
 from ..files import naming_disk_errors
@@ -58,6 +59,8 @@ class TrainingRun:
     feedback: ErrorFeedback | None
     """Of a loss-aware density; None for all others."""
     source: ImageSource
+    bad_images: BadImages
+    """Those that this process has met; at logging steps, those of all processes."""
     vae: AutoencoderKL
     core: TrainableDiT
     model: torch.nn.Module

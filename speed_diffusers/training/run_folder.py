@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 LABEL_NAMES_FILE = "label_names.json"
 METRICS_FILE = "metrics.jsonl"
+BAD_IMAGES_FILE = "bad_images.jsonl"
 SAMPLES_FILE = "samples.png"
 ERRORS_FILE = "error_by_timestep.png"
 PIPELINE_FOLDER = "pipeline"
@@ -209,5 +210,5 @@ def _delete_run(folder: Path) -> None:
         remove(folder / name)
     for checkpoint in list_checkpoints(folder):
         remove(checkpoint)
-    for name in (METRICS_FILE, SAMPLES_FILE, ERRORS_FILE, LABEL_NAMES_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, BAD_IMAGES_FILE, SAMPLES_FILE, ERRORS_FILE, LABEL_NAMES_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

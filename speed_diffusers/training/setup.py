@@ -6,12 +6,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.bad_images import BadImages
 from ..data.batch_sampler import BatchOrder
 from ..data.images import ImageDataset, collate
 from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
@@ -39,7 +41,7 @@ from .parts import (
 from .ranks import Ranks
 from .results import score_settings, start_trackers
 from .run import Inputs, TrainingRun
-from .run_folder import check_output_dir, check_resumed_config, open_output_dir
+from .run_folder import BAD_IMAGES_FILE, check_output_dir, check_resumed_config, open_output_dir
 from .tracking import check_trackers, tracker_names
 from .validation import ValidationSet
 
@@ -79,7 +81,9 @@ def check_inputs(config: TrainConfig) -> Inputs:
         "mixed_precision": accelerator.mixed_precision,
     }
     if checkpoint is not None:
-        check_resumed_config(config, checkpoint, identity)
+        # Signatures of version 0.1 cover less: such a checkpoint is checked by its own rule.
+        comparable = source.signature(read_state(checkpoint)["data_signature"])
+        check_resumed_config(config, checkpoint, identity | {"data_signature": comparable})
     return Inputs(config, accelerator, scheduler, source, held_out, vae, core, layout, checkpoint, identity)
 
 
@@ -87,7 +91,8 @@ def start_run(inputs: Inputs) -> TrainingRun:
     """Builds every part of a run, restores its checkpoint, and, last of all, makes its folder."""
     config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
     ranks = Ranks.of(accelerator, config.ddp_timeout)
-    dataset = make_dataset(inputs)
+    bad_images = BadImages(len(inputs.source), config.max_bad_images, Path(config.output_dir) / BAD_IMAGES_FILE)
+    dataset = make_dataset(inputs, bad_images)
     # Machines with caches of their own take their own time.
     ranks.meet()
     optimizer = make_optimizer(config, inputs.core, accelerator.device)
@@ -116,6 +121,9 @@ def start_run(inputs: Inputs) -> TrainingRun:
     if accelerator.is_main_process:
         validation = encode_held_out(inputs)
         lock = open_output_dir(config, layout.accumulation, inputs.checkpoint, inputs.source.label_names)
+        if inputs.checkpoint is not None:
+            bad_images.load()
+        bad_images.save()
     ranks.meet()
     return TrainingRun(
         config=config,
@@ -125,6 +133,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         learned_variance=make_learned_variance(config, scheduler, accelerator.device),
         feedback=feedback,
         source=inputs.source,
+        bad_images=bad_images,
         vae=inputs.vae,
         core=core,
         model=model,
@@ -187,7 +196,7 @@ def worker_context() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
+def make_dataset(inputs: Inputs, bad_images: BadImages) -> LatentDataset | ImageDataset:
     """Cached latents, or images where the cache is off; a lock lets one process of each machine fill the cache.
 
     Not by a barrier between processes: encoding a large set takes longer than a process group waits.
@@ -206,6 +215,7 @@ def make_dataset(inputs: Inputs) -> LatentDataset | ImageDataset:
         batch_size=config.vae_batch_size,
         device=accelerator.device,
         cache_dir=config.cache_dir,
+        bad_images=bad_images,
     )
 
 

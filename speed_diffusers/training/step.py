@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..data.images import note_bad_rows
 from ..data.latents import sample_latents
 from ..errors import InputError
 from ..objective import DenoisingLoss, denoising_loss, drop_labels
@@ -66,7 +67,7 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
         Each step, once it is done.
 
     Raises:
-        InputError: An image is damaged; the message names it.
+        InputError: Too many images cannot be read; the message names some.
     """
     config, accelerator, layout = run.config, run.accelerator, run.layout
     max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
@@ -146,10 +147,12 @@ def batches_of(run: TrainingRun) -> Iterator[dict[str, Tensor]]:
     """Batches of this process, micro-step by micro-step.
 
     Raises:
-        InputError: An image is damaged; the message names it.
+        InputError: Too many images cannot be read; the message names some.
     """
     try:
-        yield from run.loader
+        for batch in run.loader:
+            note_bad_rows(batch, run.source, run.bad_images)
+            yield batch
     except InputError as error:
         # A loader's worker sends its whole traceback as the message; the line is its last.
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error

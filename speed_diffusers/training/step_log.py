@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,6 +41,7 @@ class StepLog:
         # Loss, unweighted MSE, variance term.
         self.sums = torch.zeros(3, device=device)
         self.bins = ErrorBins(run.config.num_train_timesteps, device)
+        self._shared: set[int] = set()
         self._marked = time.perf_counter()
         self._start_again()
         if run.log is not None:
@@ -108,6 +110,7 @@ class StepLog:
         """Averages over all processes since the last call and reports; stops on gradients that were not finite."""
         run, done = self.run, step.done
         self.stop_if_not_finite()
+        self.share_bad_images()
         # One reduction and one copy to the host: means, then the bins' sums and counts.
         totals = torch.cat((self.sums / self.micro_steps / run.accelerator.num_processes, self.bins.totals.flatten()))
         loss, squared_error, bits, *binned = run.summed(totals).tolist()
@@ -135,6 +138,22 @@ class StepLog:
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._start_again()
 
+    def share_bad_images(self) -> None:
+        """Tells every process which images the others could not read, and lists them in the folder of the run.
+
+        Raises:
+            InputError: In every process: they are too many.
+        """
+        run = self.run
+        if run.config.cache_latents:
+            return  # all were known before the first step
+        new = [image for image in run.bad_images if image.row not in self._shared]
+        if gathered := gather_object(new):
+            self._shared |= {image.row for image in gathered}
+            run.bad_images.add(gathered)
+            if run.accelerator.is_main_process:
+                run.bad_images.save()
+
     def stop_if_not_finite(self) -> None:
         """Ends a run whose gradients were not finite, before anything of it is saved.
 
@@ -161,7 +180,10 @@ class StepLog:
         self._marked = time.perf_counter()
 
     def close(self, message: str | None = None) -> None:
-        """Ends the progress bar, with a last word."""
+        """Ends the progress bar, with a word on the images that could not be read and a last one."""
         self.progress.close()
+        if self.run.bad_images and self.run.accelerator.is_main_process:
+            self.run.bad_images.save()
+            print(self.run.bad_images.summary())
         if message:
             self.run.accelerator.print(message)

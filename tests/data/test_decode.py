@@ -1,5 +1,6 @@
 """What an image file becomes: the crop of DiT, every colour mode right, damaged files named."""
 
+import errno
 import struct
 import time
 import zlib
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 from small_images import encoded, noise_image
+from speed_diffusers.data import decode
 from speed_diffusers.data.decode import load_image
 from speed_diffusers.errors import InputError
 
@@ -68,7 +70,9 @@ MODES = {
     "CMYK": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
     "YCbCr": (Image.new("RGB", (4, 4), (100, 100, 100)).convert("YCbCr"), (100, 100, 100)),
     "I;16": (Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)), (156, 156, 156)),
-    "I": (Image.fromarray(np.full((4, 4), 40000, dtype=np.int32)), (156, 156, 156)),
+    "I, 8 bits": (Image.fromarray(np.full((4, 4), 200, dtype=np.int32)), (200, 200, 200)),
+    "I, 16 bits": (Image.fromarray(np.full((4, 4), 40000, dtype=np.int32)), (156, 156, 156)),
+    "I, 31 bits": (Image.fromarray(np.full((4, 4), 2**30, dtype=np.int32)), (127, 127, 127)),
 }
 
 
@@ -122,6 +126,8 @@ DAMAGED = {
     "empty": b"",
     "text": b"<html>not found</html>",
     "bomb": huge_png(),
+    "EPS": encoded(noise_image(8, 8), "EPS"),
+    "negative": encoded(Image.fromarray(np.full((4, 4), -1, dtype=np.int32)), "TIFF"),
     "float": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
 }
 
@@ -131,6 +137,74 @@ def test_damaged_image_is_named_in_one_line(kind: str) -> None:
     with pytest.raises(InputError, match=r"^Cannot read the image of row 3 \(n01/cat\.png\): ") as caught:
         load_image({"bytes": DAMAGED[kind], "path": "n01/cat.png"}, 8, name="the image of row 3")
     assert "\n" not in str(caught.value)
+
+
+def png_chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
+    """A chunk of a PNG file; its right checksum if none is given."""
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def with_chunk(content: bytes, chunk: bytes, *, before: bytes) -> bytes:
+    """A PNG file with one chunk more."""
+    place = content.index(before) - 4
+    return content[:place] + chunk + content[place:]
+
+
+PNG = encoded(noise_image(8, 8))
+LARGE_TEXT = png_chunk(b"zTXt", b"parameters\x00\x00" + zlib.compress(b"x" * 2**21))
+DAMAGED_BESIDE_THE_PIXELS = {
+    "text above 1 MB": with_chunk(PNG, LARGE_TEXT, before=b"IDAT"),
+    "text above 1 MB behind the pixels": with_chunk(PNG, LARGE_TEXT, before=b"IEND"),
+    "text with a wrong checksum": with_chunk(PNG, png_chunk(b"tEXt", b"a\x00b", 1), before=b"IDAT"),
+    "EXIF of a PNG": with_chunk(PNG, png_chunk(b"eXIf", b"II*\x00\xff\xff\xff\xff"), before=b"IDAT"),
+    "EXIF of a PNG that is none": with_chunk(PNG, png_chunk(b"eXIf", b"nonsense"), before=b"IDAT"),
+    "EXIF of a WebP": encoded(noise_image(8, 8), "WEBP", lossless=True, exif=b"Exif\x00\x00nonsense"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_BESIDE_THE_PIXELS)
+def test_damage_beside_the_pixels_does_no_harm(kind: str, tmp_path: Path) -> None:
+    content = DAMAGED_BESIDE_THE_PIXELS[kind]
+    (tmp_path / "image").write_bytes(content)
+    for image in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "image")}):
+        np.testing.assert_array_equal(load_image(image, 8), np.array(noise_image(8, 8)))
+
+
+def test_a_png_is_turned_by_its_exif_though_its_text_is_damaged() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = with_chunk(encoded(noise_image(8, 8), exif=exif), LARGE_TEXT, before=b"IDAT")
+    turned = np.rot90(np.array(noise_image(8, 8)), -1)
+    np.testing.assert_array_equal(load_image({"bytes": content, "path": None}, 8), turned)
+
+
+def test_twelve_bits_in_sixteen_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    dark = {"bytes": encoded(Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16))), "path": None}
+    bright = {"bytes": encoded(Image.fromarray(np.full((4, 4), 5000, dtype=np.uint16))), "path": None}
+    decode._warn_of_12_bits.cache_clear()
+    load_image(bright, 4)
+    assert not caplog.records
+    assert (load_image(dark, 4) == load_image(dark, 4)).all()
+    (record,) = caplog.records
+    assert "no value above 4095 of 65535" in record.message
+
+
+def test_a_text_in_the_image_column_makes_a_short_line() -> None:
+    with pytest.raises(
+        InputError, match=r"Cannot read image \(A{200}\.\.\. \(131,072 characters\)\): File name"
+    ) as caught:
+        load_image({"bytes": None, "path": "A" * 131_072}, 8)
+    assert len(str(caught.value)) < 400
+
+
+def test_failure_of_the_machine_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_image({"bytes": None, "path": "a.png"}, 8)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

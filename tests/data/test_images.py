@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from small_images import image_dataset, image_rows, noise_image
-from speed_diffusers.data.images import ImageDataset, collate, from_dataset, open_images
+from small_images import encoded, image_dataset, image_rows, noise_image
+from speed_diffusers.data.bad_images import BadImages, replacements
+from speed_diffusers.data.batches import ImageSettings, all_batches, batch_reader, open_training_images
+from speed_diffusers.data.images import (
+    ImageDataset,
+    collate,
+    find_bad_images,
+    from_dataset,
+    note_bad_rows,
+    open_images,
+)
+from speed_diffusers.data.signature import WHOLE_IMAGES, data_signature
 from speed_diffusers.errors import InputError
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,8 +144,9 @@ def test_saved_dataset_folder(tmp_path: Path) -> None:
         open_images(train_data_dir=str(tmp_path / "both"), split="val")
 
 
-def test_embedded_set_needs_no_network(cache_dir: str) -> None:
-    source = open_images(dataset_name="embedded", cache_dir=cache_dir)
+def test_embedded_set_needs_no_network_and_no_place_to_write(cache_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    source = open_images(dataset_name="embedded", cache_dir=str(tmp_path / "file"))
     assert source.num_classes == 10
     assert "Sneaker" in (source.label_names or [])
     counts = np.bincount(source.labels)
@@ -233,12 +245,101 @@ def test_image_dataset_gives_whole_batches() -> None:
     assert dataset[3]["pixel_values"].equal(second["pixel_values"][0])
 
 
-def test_damaged_image_in_a_batch_is_named_by_its_row() -> None:
-    rows: list[dict[str, object] | None] = [*image_rows(3), None]
+def test_the_next_good_image_and_its_label_stand_for_a_bad_one(tmp_path: Path) -> None:
+    dataset = image_dataset([0, 1, 2, 0, 1, 2])
+    images = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    damaged = [image if row not in (2, 3, 5) else {"bytes": b"x", "path": None} for row, image in enumerate(images)]
+    columns = {"image": damaged, "label": dataset["label"]}
+    source = from_dataset(datasets.Dataset.from_dict(columns, features=dataset.features))
+    batch = ImageDataset(source, resolution=8).__getitems__([1, 2, 5])
+    pixels = batch["pixel_values"].permute(0, 2, 3, 1).numpy()
+    for values, seed in zip(pixels, (1, 4, 0), strict=True):
+        np.testing.assert_array_equal(values, np.array(noise_image(8, 8, seed)))
+    assert batch["labels"].tolist() == [1, 1, 0]
+    bad = BadImages(6, 0.5, tmp_path / "run" / "bad_images.jsonl")
+    note_bad_rows(batch, source, bad)
+    assert (sorted(batch), [image.row for image in bad]) == (["labels", "pixel_values"], [2, 3, 5])
+    assert replacements(6, [image.row for image in bad]).tolist() == [0, 1, 4, 4, 4, 0]
+    assert [image.row for image in find_bad_images(source)] == [2, 3, 5]
+    bad.save()
+    again = BadImages(6, 0.4, bad.file)
+    with pytest.raises(
+        InputError, match=r"3 of 6 images cannot be read.* max_bad_images=0.4 allows: row 2: not an im"
+    ):
+        again.load()
+
+
+def test_other_scripts_read_bad_images_by_the_same_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = class_folder(tmp_path, {"cat/1.png": 1, "cat/2.png": 2, "dog/3.png": 3})
+    (root / "cat" / "2.png").write_bytes(b"")
+    settings = ImageSettings(train_data_dir=str(root), resolution=8, max_bad_images=0.5)
+    source = open_training_images(settings)
+    for images_to_read in (3, 1):  # from memory, and as they come
+        ((images, labels),) = batch_reader(source, settings, images_to_read=images_to_read)([[0, 1, 2]])
+        assert torch.equal(images[1], images[2])
+        assert labels.tolist() == [0, 1, 1]
+    (record,) = caplog.records
+    assert "Cannot read the image of row 1" in record.message
+    with pytest.raises(InputError, match=r"1 of 3 images cannot be read, which is more than max_bad_images=0.01"):
+        list(all_batches(source, replace(settings, max_bad_images=0.01), description="all"))
+
+
+def test_a_column_without_any_image_that_can_be_read_is_refused() -> None:
     features = datasets.Features(image=datasets.Image())
-    source = from_dataset(datasets.Dataset.from_dict({"image": rows}, features=features), label_column=None)
-    with pytest.raises(InputError, match="Cannot read the image of row 3"):
-        ImageDataset(source, resolution=8).__getitems__([0, 3])
+    rows = [{"bytes": b"x", "path": None}] * 3
+    with pytest.raises(InputError, match="Cannot read the image of row 0"):
+        from_dataset(datasets.Dataset.from_dict({"image": rows}, features=features), label_column=None)
+    source = from_dataset(
+        datasets.Dataset.from_dict({"image": [*rows, *image_rows(1)]}, features=features), label_column=None
+    )
+    assert source.load_or_next(0, 8)[1] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signature
+
+
+def test_signature_is_of_all_images_wherever_they_lie(tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "a", {f"{name}/{seed}.png": seed for seed in range(4) for name in ("cat", "dog")})
+    signature = open_images(train_data_dir=str(root)).signature()
+    shutil.copytree(root, tmp_path / "b")
+    assert open_images(train_data_dir=str(tmp_path / "b")).signature() == signature
+    images = [{"bytes": noise_bytes(seed), "path": None} for _ in range(2) for seed in range(4)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0] * 4 + [1] * 4}, features=features)
+    assert from_dataset(rows).signature() == signature
+    assert from_dataset(rows.select([1, 0, *range(2, 8)])).signature() != signature
+    assert from_dataset(rows.select(range(8))).signature() == signature
+
+
+def noise_bytes(seed: int) -> bytes:
+    """The file of an image of `class_folder`."""
+    return encoded(noise_image(8, 8, seed))
+
+
+def test_signature_tells_replaced_and_exchanged_images() -> None:
+    # More images than are hashed whole, of two sizes; of all files that are exchanged, none is hashed whole.
+    images = [{"bytes": bytes([row % 251]) * (50 + row % 2), "path": None} for row in range(3000)]
+    whole = set(np.linspace(0, 2999, WHOLE_IMAGES, dtype=int).tolist())
+    free = [row for row in range(3000) if row not in whole]
+    features = datasets.Features(image=datasets.Image(decode=False))
+    labels = np.arange(3000) // 1500
+
+    def signature(rows: list[dict[str, object]], earlier: str | None = None) -> str:
+        dataset = datasets.Dataset.from_dict({"image": rows}, features=features)
+        return data_signature(dataset, "image", labels, ["cat", "dog"], earlier=earlier)
+
+    replaced, exchanged = list(images), list(images)
+    replaced[free[7]] = {"bytes": b"another", "path": None}
+    other = next(row for row in reversed(free) if (row - free[0]) % 2)
+    exchanged[free[0]], exchanged[other] = images[other], images[free[0]]
+    same_size = list(images)
+    same_size[sorted(whole)[500]] = {"bytes": b"y" * len(images[sorted(whole)[500]]["bytes"]), "path": None}
+    assert len({signature(rows) for rows in (images, replaced, exchanged, same_size)}) == 4
+    # The rule of version 0.1 stays as it was, or its runs would not resume.
+    earlier = "0" * 64
+    before = "6d27e68f"
+    assert signature(images, earlier)[:8] == signature(replaced, earlier)[:8] == before
 
 
 def test_class_ids_beyond_the_names_are_one_line() -> None:

@@ -1,5 +1,7 @@
 """The cache of latents: what it stores, when it is used again, and that nothing half-made is ever taken for whole."""
 
+import errno
+import json
 import os
 import pickle
 import shutil
@@ -17,9 +19,11 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from speed_diffusers.data.bad_images import BadImages
 from speed_diffusers.data.images import ImageSource, collate, from_dataset
 from speed_diffusers.data.latents import (
     CACHE_FOLDER,
+    PARTS_FILE,
     LatentDataset,
     cache_latents,
     check_resolution,
@@ -94,8 +98,9 @@ def count_encodings(vae: AutoencoderKL) -> list[int]:
 
 
 def files_in(cache_dir: Path) -> list[str]:
-    """Names of the files under the cache's folder, without the locks."""
-    return sorted(file.name for file in cache_dir.rglob("*") if file.is_file() and file.name != "lock")
+    """Names of the files under the cache's folder, without the locks and the checksums."""
+    beside = ("lock", PARTS_FILE)
+    return sorted(file.name for file in cache_dir.rglob("*") if file.is_file() and file.name not in beside)
 
 
 # What is stored
@@ -254,7 +259,7 @@ def test_images_may_lie_in_memory_on_disk_or_in_parquet(
 # What can go wrong
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other rows", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "other rows", "empty", "flipped byte", "header", "label"])
 def test_damaged_cache_is_made_again(damage: str, source: ImageSource, vae: AutoencoderKL, tmp_path: Path) -> None:
     whole = cache(source, vae, tmp_path).__getitems__([COUNT - 1])
     (file,) = tmp_path.rglob("latents.arrow")
@@ -263,7 +268,19 @@ def test_damaged_cache_is_made_again(damage: str, source: ImageSource, vae: Auto
     if damage == "other rows":
         datasets.Dataset.from_dict({"label": [1, 2]}).map(lambda row: row, cache_file_name=str(file))
     else:
-        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+        changed = bytearray(content[: len(content) // 2] if damage == "truncated" else content)
+        if damage == "empty":
+            changed.clear()
+        elif damage == "flipped byte":
+            changed[len(content) // 2] ^= 1
+        elif damage == "header":
+            changed[content.index(b"info")] ^= 1
+        elif damage == "label":
+            # As a file without checksums has it, whose bytes alone tell nothing.
+            labels = np.array([row % 3 for row in range(32, COUNT)]).tobytes()
+            changed[content.index(labels)] = 77
+            (file.parent / PARTS_FILE).unlink()
+        file.write_bytes(changed)
     again = cache(source, vae, tmp_path).__getitems__([COUNT - 1])
     assert torch.equal(again["moments"], whole["moments"])
 
@@ -318,13 +335,84 @@ def test_killed_run_leaves_nothing_that_is_taken_for_whole(
     assert torch.equal(latents.__getitems__(rows)["moments"], cached.__getitems__(rows)["moments"])
 
 
-def test_damaged_image_stops_and_leaves_nothing(vae: AutoencoderKL, tmp_path: Path) -> None:
+def damaged_source(*bad_rows: int) -> ImageSource:
+    """The images of most tests, some of them damaged."""
     rows = tiny_dataset().cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[20]["image"] = {"bytes": b"damaged", "path": None}
-    damaged = from_dataset(datasets.Dataset.from_list(rows, features=tiny_dataset().features))
-    with pytest.raises(InputError, match="Cannot read the image of row 20: not an image"):
-        cache(damaged, vae, tmp_path)
-    assert files_in(tmp_path) == []
+    for row in bad_rows:
+        rows[row]["image"] = {"bytes": b"damaged", "path": f"{row}.png"}
+    return from_dataset(datasets.Dataset.from_list(rows, features=tiny_dataset().features))
+
+
+def test_the_next_good_image_and_its_label_are_stored_for_a_bad_one(
+    vae: AutoencoderKL, cached: LatentDataset, tmp_path: Path
+) -> None:
+    # The last of a batch, two in a row, and the last of all.
+    source = damaged_source(15, 20, 21, 39)
+    for _ in range(2):  # made, then found
+        bad = BadImages(COUNT, 0.1)
+        latents = cache(source, vae, tmp_path, bad_images=bad)
+        assert [(image.row, image.path) for image in bad] == [(row, f"{row}.png") for row in (15, 20, 21, 39)]
+        found = latents.__getitems__([14, 15, 20, 21, 39])
+        whole = cached.__getitems__([14, 16, 22, 22, 0])
+        assert torch.equal(found["labels"], whole["labels"])
+        torch.testing.assert_close(found["moments"], whole["moments"], rtol=1e-2, atol=1e-3)
+
+
+def test_too_many_bad_images_stop_with_the_list_and_lose_nothing(tmp_path: Path) -> None:
+    vae, source = tiny_vae(), damaged_source(20, 38)
+    calls = count_encodings(vae)
+    listed = tmp_path / "run" / "bad_images.jsonl"
+    with pytest.raises(
+        InputError, match=r"^2 of 40 images cannot be read, .* max_bad_images=0.04 allows: row 20"
+    ) as caught:
+        cache(source, vae, tmp_path, bad_images=BadImages(COUNT, 0.04, listed))
+    assert "\n" not in str(caught.value)
+    reason = "not an image in a format that is read"
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(line["row"], line["path"]) for line in lines] == [(20, "20.png"), (38, "38.png")]
+    assert all(line["reason"].startswith(reason) for line in lines)
+    assert calls == [16, 16, 16, 16]
+    cache(source, vae, tmp_path, bad_images=BadImages(COUNT, 0.05, listed))
+    assert calls[4:] == [8, 8], "only what was not encoded before"
+    with pytest.raises(InputError, match="max_bad_images=0 allows"):
+        cache(source, vae, tmp_path, bad_images=BadImages(COUNT, 0))
+
+
+def test_cache_of_version_0_1_stays_valid_and_gets_checksums(source: ImageSource, tmp_path: Path) -> None:
+    vae = tiny_vae()
+    whole = cache(source, vae, tmp_path)
+    (parts,) = tmp_path.rglob(PARTS_FILE)
+    parts.unlink()
+    calls = count_encodings(vae)
+    again = cache(source, vae, tmp_path)
+    assert not calls
+    assert torch.equal(again.__getitems__([0, 39])["moments"], whole.__getitems__([0, 39])["moments"])
+    (file,) = tmp_path.rglob("latents.arrow")
+    content = bytearray(file.read_bytes())
+    content[-500] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    assert torch.equal(cache(source, vae, tmp_path).__getitems__([39])["moments"], whole.__getitems__([39])["moments"])
+    assert sum(calls) == 2 * COUNT
+
+
+def test_finished_cache_may_lie_on_a_read_only_disk(
+    source: ImageSource, vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(source, vae, tmp_path)
+    opened = Path.open
+
+    def read_only(self: Path, mode: str = "r", **options: object) -> object:
+        if mode not in ("r", "rb"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "mkdir", None)
+    assert len(cache(source, vae, tmp_path)) == COUNT
+    (parts,) = tmp_path.rglob(PARTS_FILE)
+    parts.unlink()  # as version 0.1 left it
+    assert len(cache(source, vae, tmp_path)) == COUNT
 
 
 def test_vae_that_yields_nan_is_told(source: ImageSource, tmp_path: Path) -> None:
