@@ -176,7 +176,7 @@ def two_phase(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, 
     """A Gaussian over log SNR, then uniform."""
     if settings.progress >= until:
         return torch.ones(process.num_train_timesteps, dtype=torch.float64)
-    return gaussian(process, settings, mean=mean, std=std)
+    return _bell((process.finite_log_snr - mean) / std) * process.log_snr_speed
 
 
 @DENSITIES.register(

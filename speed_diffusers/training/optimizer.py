@@ -147,7 +147,7 @@ def orthogonalised(
 def _rms_of_adamw(matrix: Tensor, group: dict[str, Any]) -> float:
     """What makes an update as large as AdamW's usually is (arXiv 2502.16982, equation 4)."""
     assert group["adjust_lr_fn"] == "match_rms_adamw"
-    return 0.2 * float(max(matrix.shape)) ** 0.5
+    return float(0.2 * float(max(matrix.shape)) ** 0.5)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

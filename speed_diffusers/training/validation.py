@@ -111,7 +111,7 @@ def validation_loss(
         levels: Log SNR of each level.
         advance: Called after each batch.
     """
-    process = ForwardProcess.from_scheduler(scheduler)  # type: ignore[arg-type]
+    process = ForwardProcess.from_scheduler(scheduler)
     kind = FLOW_PREDICTION if is_rectified_flow(scheduler) else str(scheduler.config.prediction_type)
     snr = process.finite_log_snr.exp()
     # Squared error of v over that of epsilon is 1 / a^2 = (1 + SNR) / SNR, whatever the schedule's own scale.
