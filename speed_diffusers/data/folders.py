@@ -67,7 +67,7 @@ def load_images(path: Path, found: Scan, label_column: str | None, split: str) -
     chosen_tops = [top for top, name in tops.items() if name is not None and name == chosen]
     root = path / chosen_tops[0] if len(chosen_tops) == 1 else path
     classes = _class_names(found, by_split[chosen], tops, chosen)
-    dataset = _metadata_rows(path, root, by_split, chosen, label_column, ignored, has_classes=bool(classes))
+    dataset = _metadata_rows(path, root, found, by_split, chosen, label_column, ignored, has_classes=bool(classes))
     if dataset is None and label_column is None:
         files = [(file, 0) for place in by_split[chosen] for file in _files(path, place.folder)]
         dataset = _with_label(root, files, ["all"])
@@ -139,6 +139,7 @@ def _class_rows(
 def _metadata_rows(
     path: Path,
     root: Path,
+    found: Scan,
     by_split: Mapping[str | None, list[_Place]],
     chosen: str | None,
     label_column: str | None,
@@ -151,6 +152,10 @@ def _metadata_rows(
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         return None
+    # It is no file that is passed over in silence: it is read, or named below.
+    for folder in found.folders:
+        if folder.parts == file.parent.relative_to(path).parts:
+            del folder.others[file.name]
     table = read_metadata(file)
     key = image_name_column(table.column_names)
     missing = "file_name" if key is None else label_column if label_column not in table.column_names else None
@@ -173,7 +178,7 @@ def _metadata_rows(
     if unnamed := sum(name == chosen for name in split_of.values()) - len(split_of.keys() & set(images)):
         ignored.append(f"not named in {file.name}: {number(unnamed, 'image')}")
     image_column = key[: -len("_file_name")] or "image"
-    others = table.take(rows).drop_columns([key, *({image_column} & set(table.column_names))])
+    others = table.take(pa.array(rows, pa.int64())).drop_columns([key, *({image_column} & set(table.column_names))])
     features = datasets.Features.from_arrow_schema(others.schema)
     return _as_dataset(root, [(image, 0) for image in images], others, features, [], image_column)
 
@@ -181,7 +186,7 @@ def _metadata_rows(
 def _image_of_row(file: Path, name: object) -> str:
     """The path of an image that a metadata file names; below its own folder, for the file may be somebody else's."""
     text = os.path.normpath("" if name is None else str(name))
-    if os.path.isabs(text) or text.startswith("..") or text == ".":
+    if os.path.isabs(text) or text.split(os.sep)[0] == ".." or text == ".":
         raise InputError(f"'{shown(file)}' names '{name}': file names are relative, and below the folder of the file.")
     return os.path.join(file.parent, text)
 
@@ -200,15 +205,20 @@ def _as_dataset(
     image_column: str = "image",
 ) -> datasets.Dataset:
     """Images by path, with a label each for the fingerprint, and their other columns."""
-    paths = [os.path.abspath(file) for file, _ in files]
+    # Most lie below `root`, and then need no relpath of their own, which takes longer than all the rest.
+    start, place = f"{root}{os.sep}", os.path.abspath(root)
+    inside = [file[len(start) :] if file.startswith(start) else os.path.relpath(file, root) for file, _ in files]
+    paths = [os.path.abspath(name) if ".." in name else name for name in (f"{place}{os.sep}{each}" for each in inside)]
     check_names(paths)
     check_names(names)
     # Size and time are in the fingerprint, so that latents of an image that was replaced are not taken from the cache.
     key = hashlib.sha256(repr(names).encode())
-    for file, label in files:
+    for (file, label), name in zip(files, inside, strict=True):
         status = os.stat(file)
-        key.update(f"{os.path.relpath(file, root)} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
-    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), pa.array(paths)], ["bytes", "path"])
+        key.update(f"{name} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+    images = pa.StructArray.from_arrays(
+        [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], ["bytes", "path"]
+    )
     return datasets.Dataset(
         InMemoryTable(columns.add_column(0, image_column, images)),
         info=datasets.DatasetInfo(features=datasets.Features({image_column: datasets.Image(), **features})),

@@ -104,11 +104,11 @@ def _load_parquet(path: Path, found: Scan, cache_dir: str | None, split: str) ->
 def _split_of_parquet(folders: Sequence[str], name: str, split: str) -> str | None:
     """The split of a parquet file; `split` itself may be any name, as in "fold1-00000-of-00002"."""
     stem = re.sub(r"-\d+-of-\d+$", "", os.path.splitext(name)[0])
-    if split.lower() not in SPLIT_OF_WORD and (
-        split in (stem, *folders) or re.match(rf"{re.escape(split)}(?![a-z])", stem)
-    ):
+    said = split_in_name(*folders, stem)
+    is_asked_for = split in (stem, *folders) or re.match(rf"{re.escape(split)}(?![a-z])", stem)
+    if split.lower() not in SPLIT_OF_WORD and (split == stem or (is_asked_for and said is None)):
         return split
-    return split_in_name(*folders, stem)
+    return said
 
 
 def _read_into_memory(files: list[Path]) -> datasets.Dataset:
@@ -125,7 +125,7 @@ def _read_parquet(files: list[Path], path: Path, cache_dir: str | None) -> datas
     """`load_dataset` on files of our choice: by itself it guesses splits from any word in a path ("test_1.png")."""
     if path == EMBEDDED_IMAGES.parent:
         return _read_into_memory(files)
-    check_names(str(file) for file in files)
+    check_names([str(file) for file in files])
     if "::" in str(path):
         raise InputError(f"'{path}': datasets reads '::' in a path as an archive; rename the folder.")
     # It reads names as patterns: "b[12]" would open "b1".

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,26 +79,23 @@ def _scan(place: Path | str, parts: tuple[str, ...], around: tuple[tuple[int, in
     around = (*around, (status.st_dev, status.st_ino))
     for entry in entries:
         path = "/".join((*parts, entry.name))
-        # Not by the entry itself: it raises on a link in a circle.
-        is_folder, is_file = (
-            (os.path.isdir(entry.path), os.path.isfile(entry.path))
-            if entry.is_symlink()
-            else (entry.is_dir(), entry.is_file())
-        )
+        # A link not by its entry, which raises where links go in a circle.
+        is_link = entry.is_symlink()
+        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
             found.pass_over("hidden or of a system", path)
         elif is_folder:
-            target = os.stat(entry.path) if entry.is_symlink() else None
+            target = os.stat(entry.path) if is_link else None
             if target is not None and (target.st_dev, target.st_ino) in around:
                 found.pass_over("link to a folder around it", path)
             else:
                 below.append(entry)
-        elif not is_file:
-            if entry.is_symlink() and not parts and not suffix:
+        elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
+            if is_link and not parts and not suffix:
                 # A class whose disk is missing would shift the ids of those behind it.
                 raise InputError(f"'{shown(entry.path)}' is a link that leads nowhere: mend it, or take it out.")
-            found.pass_over("link that leads nowhere" if entry.is_symlink() else "no ordinary file", path)
+            found.pass_over("link that leads nowhere" if is_link else "no ordinary file", path)
         elif entry.name in METADATA_FILES:
             folder.others[entry.name] += 1
         elif suffix in IMAGE_SUFFIXES:
@@ -135,14 +132,14 @@ def shown(path: str | os.PathLike[str]) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def check_names(paths: Iterable[str]) -> None:
+def check_names(paths: Sequence[str]) -> None:
     """Refuses names that nothing behind this can hold: tables, JSON and trackers keep text.
 
     Raises:
         InputError: A name is no UTF-8; the message has it escaped.
     """
-    bad = [path for path in paths if not _is_text(path)]
-    if bad:
+    if not _is_text("".join(paths)):
+        bad = [path for path in paths if not _is_text(path)]
         raise InputError(
             f"{number(len(bad), 'name')} in the data {'is' if len(bad) == 1 else 'are'} no UTF-8, the first is "
             f"'{shown(bad[0])}': rename them (convmv does it for whole folders)."

@@ -144,11 +144,21 @@ def test_a_metadata_file_that_is_about_something_else_is_passed_over(tmp_path: P
         source = open_images(train_data_dir=str(root))
         assert source.label_names == ["cat", "dog"]
         column = "file_name" if place == "a" else "label"
-        assert f"metadata.csv: it has no column '{column}'" in source.ignored
+        assert source.ignored == (f"metadata.csv: it has no column '{column}'",)
     flat = lay(tmp_path / "c", "1.png")
     (flat / "metadata.csv").write_text("key,value\n1,x\n")
     with pytest.raises(InputError, match="metadata.csv' has no column 'file_name'; columns: key, value"):
         open_images(train_data_dir=str(flat))
+
+
+def test_a_metadata_file_without_rows_is_told(tmp_path: Path) -> None:
+    root = lay(tmp_path / "a", "1.png")
+    (root / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(InputError, match="no rows"):
+        open_images(train_data_dir=str(root))
+    (root / "metadata.csv").write_text("")
+    with pytest.raises(InputError, match="Cannot read '.*metadata.csv'"):
+        open_images(train_data_dir=str(root))
 
 
 def test_rows_and_images_that_do_not_meet_are_counted(tmp_path: Path) -> None:
@@ -158,7 +168,7 @@ def test_rows_and_images_that_do_not_meet_are_counted(tmp_path: Path) -> None:
     )
     source = open_images(train_data_dir=str(root))
     assert (names_of(root), source.label_names) == (["train/2.png"], ["None"])
-    assert source.ignored[:2] == ("split 'test': 1 image", "not named in metadata.jsonl: 1 image")
+    assert source.ignored == ("split 'test': 1 image", "not named in metadata.jsonl: 1 image")
     assert open_images(train_data_dir=str(root), split="test").label_names == ["NA"]
     for name, message in {
         "train/9.png": "names 1 file that is not there",

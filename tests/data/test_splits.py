@@ -58,7 +58,7 @@ PARQUET = {
     "capitals": ({"Train": 1, "Test": 2, "more": 4}, {"train": 1, "eval": 2}),
     "folders": ({"default/train/0": 1, "default/test/train": 2}, {"train": 1, "test": 2}),
     "unnamed": ({"birds": 1, "sub/more": 2, "birds_test": 4}, {"train": 3, "test": 4}),
-    "other names": ({"fold1-00000-of-00001": 1, "fold2-00000-of-00001": 2}, {"fold2": 2}),
+    "other names": ({"fold1-00000-of-00001": 1, "fold2-00000-of-00001": 2, "fold2_test": 4}, {"fold2": 2, "test": 4}),
 }
 
 
