@@ -1,44 +1,64 @@
 """Stopping on a signal, at the same step on all processes."""
 
+import os
 import signal
-import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 import torch
 
 from .run import TrainingRun
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+"""What asks a run to stop: kill, Ctrl-C, a terminal that closes, SLURM's warning. Windows lacks the last two."""
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the state is saved before the end; a second signal ends at once.
+    """Notes a signal, so that the state is saved before the end; SIGTERM or Ctrl-C a second time ends at once.
+
+    Launchers and schedulers pass on what the process has received already, so a signal that comes again within a
+    second is the same request. SIGHUP and SIGUSR1 are warnings and never end at once. A signal that was ignored
+    before, as nohup has SIGHUP, stays so.
 
     A single process stops after the step at hand. Several agree on it every 5 seconds or so, counted in steps, because
     they must stop at the same one.
     """
 
     SECONDS_BETWEEN_LOOKS = 5.0
+    SECONDS_OF_ONE_REQUEST = 1.0
 
     def __init__(self) -> None:
-        self.number = 0
+        self.received: dict[int, float] = {}
+        """When each signal came first, in the order in which they came."""
         self.next_look = 0
         self.looked_at: tuple[int, float] | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # Shells have whatever they start in the background ignore Ctrl-C; it can be sent on purpose all the same.
+        heard = [each for each in STOP_SIGNALS if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @property
+    def number(self) -> int:
+        """The signal that came first; 0 if there was none."""
+        return next(iter(self.received), 0)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        print("Stopping: the state will be saved within seconds; a second signal ends at once.", file=sys.stderr)
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        _let_go_of_lost_terminals()
+        now = time.monotonic()
+        if not self.received:
+            _say("Stopping: the state will be saved within seconds; Ctrl-C or SIGTERM a second time ends at once.\n")
+        first = self.received.setdefault(number, now)
+        if number in (signal.SIGTERM, signal.SIGINT) and now - first > self.SECONDS_OF_ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def look(self, run: TrainingRun, done: int) -> int | None:
         """The signal that any process has received, the same on all of them; None if there was none to see yet."""
@@ -55,3 +75,20 @@ class StopRequest:
         steps = int(self.SECONDS_BETWEEN_LOOKS / seconds_per_step) if seconds_per_step else 1
         self.next_look = done + max(1, steps)
         return int(number) or None
+
+
+def _say(text: str) -> None:
+    """Writes to stderr past its buffer, in whose midst the signal may have come."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _let_go_of_lost_terminals() -> None:
+    """Sends what would go to a terminal that has closed to nowhere: the loop's next word would end it unsaved."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
