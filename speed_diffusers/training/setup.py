@@ -97,7 +97,8 @@ def start_run(inputs: Inputs) -> TrainingRun:
     ranks.meet()
     optimizer = make_optimizer(config, inputs.core, accelerator.device)
     model, optimizer = accelerator.prepare(inputs.core, optimizer)
-    core = accelerator.unwrap_model(model)
+    # The model itself, not what compiles it (ACCELERATE_DYNAMO_BACKEND): names of its parameters go into checkpoints.
+    core = accelerator.unwrap_model(model, keep_torch_compile=False)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer.optimizer,

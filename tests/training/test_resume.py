@@ -166,3 +166,16 @@ def test_another_runs_checkpoint_does_not_take_over_a_run(
 def test_latest_begins_anew_where_there_is_no_checkpoint(tiny_options: list[str]) -> None:
     main([*tiny_options, "resume_from_checkpoint=latest"])
     assert (run_folder(tiny_options) / "checkpoint-12").is_dir()
+
+
+def test_compiled_and_plain_runs_take_over_each_others_checkpoints(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    compiled = train(tmp_path / "compiled", f"resume_from_checkpoint={whole / 'checkpoint-5'}")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    resumed = train(tmp_path / "resumed", f"resume_from_checkpoint={compiled / 'checkpoint-10'}")
+    for run in (compiled, resumed):
+        assert_same_checkpoint(whole, run, 12)
+        assert (run / "pipeline" / "model_index.json").exists()
