@@ -1,5 +1,8 @@
 """Pretrained parts by name: embedded, in a folder (of a run, a pipeline or one model), or on the Hub."""
 
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,7 +25,15 @@ GUIDANCE_UNTRAINED = (
 
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler/scheduler_config.json"
 
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""Name of diffusers' files of weights, without variant and suffix."""
+
+CLASS_NAMES = {"vae": ("AutoencoderKL",), "transformer": ("DiTTransformer2DModel", "Transformer2DModel")}
+"""Classes that a component's config.json may name; Transformer2DModel is what DiT's was in diffusers before 0.29."""
+
 M = TypeVar("M", AutoencoderKL, DiTTransformer2DModel)
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline:
@@ -160,13 +171,16 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
     config = {} if path is None else read_object(path)
     types = arguments_of(model_class)
     if path is not None:
+        _check_class(model_class, component, str(local), config)
         check_values(path, config, types, null=True)
     options: dict[str, Any] = {"output_loading_info": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         if local is not None:
-            model, info = cast(tuple[Any, Any], model_class.from_pretrained(str(local), **options))
+            model, info = _load_weights(model_class, component, str(local), options)
         else:
             model, info = _load_from_hub(model_class, component, name, options | {"revision": revision})
+    except InputError:
+        raise
     except Exception as error:  # whatever diffusers makes of a config or of weights that do not fit
         if path is not None:
             check_values(path, config, types)
@@ -184,10 +198,55 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
 
 def _load_from_hub(model_class: type[M], component: str, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """A repository holds either one model or a pipeline with the model in a sub-folder."""
+    subfolder, revision = None, options["revision"]
     try:
-        return cast(tuple[Any, Any], model_class.from_pretrained(name, **options))
+        config = model_class.load_config(name, revision=revision)
     except OSError:
-        return cast(tuple[Any, Any], model_class.from_pretrained(name, subfolder=component, **options))
+        subfolder = component
+        config = model_class.load_config(name, subfolder=subfolder, revision=revision)
+    _check_class(model_class, component, name, config)
+    return _load_weights(model_class, component, name, options | {"subfolder": subfolder})
+
+
+def _check_class(model_class: type[M], component: str, place: str, config: Mapping[str, Any]) -> None:
+    """Checks that a model's configuration is of the right class: weights of another would not fit, one by one.
+
+    Raises:
+        InputError: It is of another.
+    """
+    found = config.get("_class_name", model_class.__name__)
+    if found not in CLASS_NAMES[component]:
+        raise InputError(
+            f"The {component} '{place}' is of class {found}; allowed: {model_class.__name__}"
+            + (", whose latents have the mean and variance that training samples from." if component == "vae" else ".")
+        )
+
+
+def _load_weights(model_class: type[M], component: str, place: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model from the usual file of weights or, where there is none, its fp16 variant.
+
+    Raises:
+        InputError: Its folder has neither file.
+    """
+    try:
+        return cast(tuple[Any, Any], model_class.from_pretrained(place, **options))
+    except OSError as error:
+        # The file itself, not a shard of it: weights that are there in part are damaged.
+        if not re.search(rf"file named {WEIGHTS_STEM}\.(bin|safetensors)\b", str(error)):
+            raise
+        missing = error
+    try:
+        loaded = cast(tuple[Any, Any], model_class.from_pretrained(place, variant="fp16", **options))
+    except OSError:
+        if not Path(place).is_dir():
+            raise missing from None
+        files = ", ".join(sorted(file.name for file in Path(place).iterdir()))
+        raise InputError(
+            f"The {component} '{place}' has neither {WEIGHTS_STEM}.safetensors nor {WEIGHTS_STEM}.fp16.safetensors; "
+            f"its files: {files}."
+        ) from missing
+    logger.warning("The %s '%s' has its weights in half precision alone: taking them (fp16).", component, place)
+    return loaded
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> InputError:
