@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..assets import EMBEDDED
 from ..config.load import config_dict
+from ..config.published import published
 from ..data.bad_images import BadImages
 from ..data.images import find_bad_images
 from ..data.listing import describe_ignored, describe_images
@@ -240,7 +241,7 @@ def save_results(run: TrainingRun) -> None:
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
         settings = config_dict(repeatable(run.config, run.layout.accumulation))
-        shared = {key: value for key, value in settings.items() if key not in PRIVATE_OPTIONS}
+        shared = {key: published(value) for key, value in settings.items() if key not in PRIVATE_OPTIONS}
         sidecar = {"speed_diffusers": __version__, "training_config": shared}
         save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
         config = run.config

@@ -92,7 +92,7 @@ def test_the_saved_configuration_repeats_the_run_and_deletes_nothing(
     main([f"config={folder / 'config.yaml'}", f"output_dir={tmp_path / 'again'}"])
     assert metrics(tmp_path / "again") == before
     settings = json.loads((folder / "pipeline" / "speed_training.json").read_text())["training_config"]
-    assert not any(str(tmp_path) in str(value) for value in settings.values())
+    assert not [value for value in settings.values() if isinstance(value, str) and Path(value).is_absolute()]
 
 
 def test_a_folder_that_is_in_use_is_refused(tiny_options: list[str]) -> None:
