@@ -117,7 +117,8 @@ def save_error_map(history: ErrorHistory, areas: Areas, title: str, path: Path) 
     over_training, by_timestep = figure.subplots(1, 2, width_ratios=(1.25, 1))
     lefts = np.concatenate(([0.0], shown.steps))
     colours = over_training.pcolormesh(lefts, shown.edges, shown.errors.T, norm=LogNorm(), cmap="viridis")
-    figure.colorbar(colours, ax=over_training, label="unweighted MSE")
+    # Above the bar: beside it, it would stand next to the same words of the other panel.
+    figure.colorbar(colours, ax=over_training).ax.set_title("unweighted MSE", fontsize=8)
     for name, area in vars(areas).items():
         if len(area):
             over_training.axhline(area.stop, color="white", linewidth=1, linestyle="--")

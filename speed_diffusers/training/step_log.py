@@ -33,7 +33,8 @@ class StepLog:
             initial=run.first_step,
             desc="Training",
             unit="step",
-            disable=not is_main,
+            # Only where it must: whatever is given here, TQDM_DISABLE cannot change.
+            **({} if is_main else {"disable": True}),
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )

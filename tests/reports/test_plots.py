@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from speed_diffusers.error_bins import ErrorBins, ErrorHistory
@@ -77,3 +78,17 @@ def test_a_map_of_errors_is_drawn_from_one_record_and_from_holes(tmp_path: Path)
         ):
             save_error_map(history, areas, "errors", tmp_path / "map.png")
             assert Image.open(tmp_path / "map.png").width > 800
+
+
+def test_no_label_of_the_map_stands_beside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    errors = np.geomspace(1, 0.01, 40)[:, None] * np.ones(20)
+    history = ErrorHistory(np.arange(1.0, 41), ErrorBins(1000).edges, errors, np.ones_like(errors))
+    areas = Areas(range(219), range(219, 700), range(700, 1000))
+    save_error_map(history, areas, "errors", tmp_path / "map.png")
+    saved[0].draw_without_rendering()
+    labels = [text for text in saved[0].findobj(Text) if text.get_visible() and text.get_text() == "unweighted MSE"]
+    assert len(labels) == 2, "one a panel"
+    first, second = (label.get_window_extent() for label in labels)
+    assert not first.padded(40).overlaps(second)

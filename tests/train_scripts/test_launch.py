@@ -63,8 +63,10 @@ def test_the_default_never_asks_the_network(tmp_path: Path) -> None:
     run = [f"output_dir={tmp_path / 'run'}", "max_train_steps=1", "num_inference_steps=1", "num_validation_images=1"]
     run += ["max_train_samples=64", "num_score_images=20"]
     caches = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    result = launch([sys.executable, "-c", OFFLINE, TRAIN, *run], **caches)
+    result = launch([sys.executable, "-c", OFFLINE, TRAIN, *run], TQDM_DISABLE="1", **caches)
     assert result.returncode == 0, result.stderr
+    # With everything to be made anew, every bar there is would have shown.
+    assert "it/s" not in result.stderr and "step/s" not in result.stderr and "%|" not in result.stderr
 
 
 def test_wrong_input_from_inside_train_scripts_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
