@@ -56,6 +56,9 @@ class EvaluateConfig(GenerationSettings):
     batch_size: int = option(100, "Images generated at once.", interval="[1, 10^6]")
     models: list[str] = option([EMBEDDED], "Run folders, pipeline folders, Hub ids, or 'embedded'.", path=True)
     checkpoints: bool = option(False, "Score every checkpoint of each run too.")
+    stop_checkpoints: bool = option(
+        False, "Those too that a stop (Ctrl-C, SIGTERM) left between the steps of checkpointing_steps."
+    )
     weights: str = option("ema", "Which weights of the checkpoints: EMA weights, or as trained.", choices=WEIGHTS)
     reference: str = option(EMBEDDED, "'embedded', or a file of make_reference_statistics.py.", path=True)
     feature_extractor: str = option(
@@ -92,7 +95,11 @@ def main(argv: list[str]) -> None:
     settings = read_settings(config, device or torch.device("cpu"))
     output_dir = Path(config.output_dir) if config.output_dir is not None else None
     models = find_models(
-        config.models, checkpoints=config.checkpoints, weights=settings.weights, output_dir=output_dir
+        config.models,
+        checkpoints=config.checkpoints,
+        stop_checkpoints=config.stop_checkpoints,
+        weights=settings.weights,
+        output_dir=output_dir,
     )
     subjects = [open_subject(model, settings, config.class_labels) for model in models]
     require_equal_protocols({subject.model.name: subject.protocol for subject in subjects})

@@ -7,11 +7,11 @@ Writes reference_features.safetensors and reference_features.json to output_dir.
 extractor, and how real training images and the VAE's reconstructions of the held-out images score against the
 reference: no model is to be expected at a smaller distance than the first, nor one with this VAE much below the
 second. About a minute for 10,000 images of 32x32. feature_extractor= also takes any module, as
-package.module:attribute or path/to/file.py:attribute.
+package.module:attribute or path/to/file.py:attribute. Where the held-out images are the training images again, the
+JSON says "held_out": false and has no score of training images.
 """
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from speed_diffusers.assets import EMBEDDED_PIPELINE
+from speed_diffusers.assets import EMBEDDED
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
+from speed_diffusers.config.published import published_command
 from speed_diffusers.config.schema import option
 from speed_diffusers.data import ImageSource
 from speed_diffusers.data.batches import (
@@ -33,6 +34,7 @@ from speed_diffusers.data.batches import (
 )
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable, file_sha256
+from speed_diffusers.generation import load_vae
 from speed_diffusers.metrics import (
     METRICS,
     FeatureExtractor,
@@ -57,7 +59,7 @@ class ReferenceSettings(ImageSettings):
         FASHION_MNIST, "Fashion_mnist, a classifier's .safetensors, or module:attribute.", path=True
     )
     store_features: bool = option(True, "Keep the features too, for kernel distance, precision and recall.")
-    vae: str | None = option(str(EMBEDDED_PIPELINE / "vae"), "VAE folder for the floor, or None.", path=True)
+    vae: str | None = option(EMBEDDED, "VAE of the floor: 'embedded', a folder or a Hub id; or None.", path=True)
     floor_images: int = option(10_000, "Training images to compare with.", interval="[2, 10^7]")
 
     def __post_init__(self) -> None:
@@ -65,8 +67,6 @@ class ReferenceSettings(ImageSettings):
         check_writable("output_dir", Path(self.output_dir))
         if self.validation_data_dir is None and self.validation_split is None:
             raise InputError("Give the held-out images: validation_data_dir=... or validation_split=...")
-        if self.vae is not None and not (Path(self.vae) / "config.json").is_file():
-            raise InputError(f"No VAE in '{self.vae}'. Make one with assets/train_vae.py, or say vae=None.")
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,28 @@ def score_of(measured: Measured, reference_file: Path) -> dict[str, float | None
 
 
 def main(argv: list[str]) -> None:
-    """Measures the reference, writes it, and measures its floor."""
+    """Measures the reference, writes it, and measures its floor.
+
+    Raises:
+        InputError: Wrong options, images or VAE; nothing has been written.
+    """
     settings = load_config(ReferenceSettings, argv, Path(__file__).parent)
     extractor = load_extractor(settings.feature_extractor)
-    held_out = open_validation_images(settings)
-    assert held_out is not None  # checked with the settings
-    training = open_training_images(settings, max_train_samples=settings.floor_images)
+    vae = None if settings.vae is None else load_vae(settings.vae).eval()
+    training = open_training_images(settings)
+    held_out = open_validation_images(settings, training)
+    real = training if held_out is None else held_out
 
     def images_of(source: ImageSource, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         return all_batches(source, settings, description=name)
 
-    measured = measure(extractor, images_of(held_out, "reference"))
-    floor = {"training_images": measure(extractor, images_of(training, "training images"))}
-    if settings.vae is not None:
-        vae = AutoencoderKL.from_pretrained(settings.vae, torch_dtype=torch.float32).eval()
-        floor["reconstructions"] = measure(extractor, reconstructions(vae, images_of(held_out, "reconstructions")))
+    measured = measure(extractor, images_of(real, "reference"))
+    floor = {}
+    if held_out is not None:
+        some = open_training_images(settings, max_train_samples=settings.floor_images)
+        floor["training_images"] = measure(extractor, images_of(some, "training images"))
+    if vae is not None:
+        floor["reconstructions"] = measure(extractor, reconstructions(vae, images_of(real, "reconstructions")))
 
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -142,7 +149,8 @@ def main(argv: list[str]) -> None:
         resolution=settings.resolution,
     )
     report = {
-        "command": shlex.join(["python", "train_scripts/make_reference_statistics.py", *argv]),
+        "command": published_command("train_scripts/make_reference_statistics.py", argv),
+        "held_out": held_out is not None,
         "images": measured.statistics.count,
         "feature_extractor": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -19,6 +19,8 @@ from .workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 PRELOAD_BYTES = 2**29
 """Sets of at most this size, decoded, are trained on from memory."""
 
@@ -60,14 +62,23 @@ def open_training_images(settings: ImageSettings, *, max_train_samples: int | No
     return _open(settings, settings.train_data_dir, settings.split, max_train_samples)
 
 
-def open_validation_images(settings: ImageSettings) -> ImageSource | None:
-    """The held-out images, or None where the settings name none.
+def open_validation_images(settings: ImageSettings, training: ImageSource) -> ImageSource | None:
+    """The held-out images; None where the settings name none, or, with a warning, the training images again.
 
     Of `validation_data_dir` without a split, what names in it call validation, else test, else all of it.
+
+    Args:
+        settings: They name both.
+        training: From `open_training_images`, all of them.
     """
     if settings.validation_data_dir is None and settings.validation_split is None:
         return None
-    return _open(settings, settings.validation_data_dir or settings.train_data_dir, settings.validation_split)
+    data_dir = settings.validation_data_dir or settings.train_data_dir
+    held_out = _open(settings, data_dir, settings.validation_split)
+    if held_out.signature() == training.signature():
+        logger.warning("Nothing is held out: the validation images are the training images again.")
+        return None
+    return held_out
 
 
 def _open(

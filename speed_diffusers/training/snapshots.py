@@ -108,12 +108,15 @@ def warn_of_untrained_guidance(name: str, guidance_scale: float) -> None:
         logger.warning(GUIDANCE_UNTRAINED, name, guidance_scale)
 
 
-def find_models(names: list[str], *, checkpoints: bool, weights: str, output_dir: Path | None) -> list[ModelToScore]:
+def find_models(
+    names: list[str], *, checkpoints: bool, stop_checkpoints: bool, weights: str, output_dir: Path | None
+) -> list[ModelToScore]:
     """Finds what is to be scored, and where its scores go.
 
     Args:
         names: Run folders, pipeline folders, Hub ids or "embedded".
         checkpoints: Score every checkpoint of each run too.
+        stop_checkpoints: As in `run_places`.
         weights: Which weights of the checkpoints.
         output_dir: Where a folder of scores is made for each model; None: in the run's own, or in `./scores`.
 
@@ -132,15 +135,25 @@ def find_models(names: list[str], *, checkpoints: bool, weights: str, output_dir
             scores_dir = (output_dir or Path(SCORES_FOLDER)) / re.sub(r"[^\w.-]+", "_", name.strip("/."))
         if scores_dir in models:
             raise InputError(f"models={name} and {models[scores_dir].name} would share the scores in {scores_dir}.")
-        places = run_places(folder, checkpoints=checkpoints, weights=weights) if has_run else [pipeline_place(name)]
+        if has_run:
+            places = run_places(folder, checkpoints=checkpoints, stop_checkpoints=stop_checkpoints, weights=weights)
+        else:
+            places = [pipeline_place(name)]
         if weights != "ema" and not has_run:
             raise InputError(f"weights={weights}: {name} is a pipeline, which holds EMA weights (weights=ema).")
         models[scores_dir] = ModelToScore(name, scores_dir, places)
     return list(models.values())
 
 
-def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
+def run_places(folder: Path, *, checkpoints: bool, stop_checkpoints: bool, weights: str) -> list[Place]:
     """What of a run is to be scored, by step; damaged checkpoints are passed over with a warning.
+
+    Args:
+        folder: Of the run.
+        checkpoints: Its checkpoints too.
+        stop_checkpoints: Those too that a stopped run left between the steps at which it saves anyway: another run has
+            none there, and a curve that is compared should not depend on when somebody pressed Ctrl-C.
+        weights: Which weights of the checkpoints.
 
     Raises:
         InputError: Nothing is.
@@ -160,18 +173,34 @@ def run_places(folder: Path, *, checkpoints: bool, weights: str) -> list[Place]:
     if _has_pipeline(folder) and weights == "ema":
         end = pipeline_place(str(folder))
         places[-1 if end.step is None else end.step] = end if end.step is None else place(None, end.step)
+    passed_over: list[str] = []
     for path in found if checkpoints else []:
         if problem := _problem_of(path, WEIGHTS[weights]):
             logger.warning("Passing over a damaged checkpoint: %s", problem)
+        elif not stop_checkpoints and left_by_a_stop(path):
+            passed_over.append(path.name)
         else:
             # The pipeline at the end holds the same weights as the last checkpoint.
             step = int(path.name.removeprefix("checkpoint-"))
             places[step] = place(path, step)
+    if passed_over:
+        names = ", ".join(reversed(passed_over))
+        logger.warning("%s: leaving out what a stop left (stop_checkpoints=true scores it): %s", folder, names)
     if not places:
         what = "whole checkpoint" if checkpoints else "pipeline"
         hint = "" if checkpoints or not found else "; checkpoints=true scores its checkpoints"
         raise InputError(f"models={folder}: the run has no {what} with weights={weights}{hint}.")
     return [places[step] for step in sorted(places)]
+
+
+def left_by_a_stop(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a step at which its run would not have saved, had nothing stopped it."""
+    try:
+        state = read_state(checkpoint)
+        step, every, last = state["step"], state["config"]["checkpointing_steps"], state["config"]["max_train_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # of a damaged state nothing is known
+    return bool(step != last and not (every and step % every == 0))
 
 
 def global_batch_of(checkpoints: list[Path]) -> int | None:

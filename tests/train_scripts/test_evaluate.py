@@ -219,12 +219,15 @@ def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_fold
     Path("own.py").write_text(
         "import torch\nmaker = lambda: torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())\n"
     )
-    data = [f"train_data_dir={image_folder}", f"validation_data_dir={image_folder}", "vae=None"]
+    shutil.copytree(image_folder, "held out")
+    Path("held out/dog/12.png").unlink()
+    data = [f"train_data_dir={image_folder}", f"validation_data_dir={Path('held out').resolve()}", "vae=None"]
     for stored in ("true", "false"):
         options = ["feature_extractor=own.py:maker", f"store_features={stored}", f"output_dir={stored}"]
         make_reference_statistics.main([*data, *options])
-    floor = json.loads(Path("true/reference_features.json").read_text())["training_images"]
-    assert (floor["precision"], floor["recall"]) == (1.0, 1.0) and abs(floor["frechet_distance"]) < 1e-9
+    report = json.loads(Path("true/reference_features.json").read_text())
+    assert report["held_out"] is True and report["training_images"]["recall"] == 1.0, "all are among them"
+    assert str(run.resolve().parent) not in report["command"] and "'validation_data_dir=held out'" in report["command"]
     assert "precision" not in json.loads(Path("false/reference_features.json").read_text())["training_images"]
     options = ["models=run", "feature_extractor=own.py:maker", *FEW]
     evaluate.main([*options, "reference=true/reference_features.safetensors"])
@@ -232,6 +235,39 @@ def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_fold
     assert record.score.protocol.extractor == "own.py:maker" and len(record.score.values) == 5
     evaluate.main([*options, "reference=false/reference_features.safetensors", "metrics=frechet_distance"])
     assert len(load_scores(run / "scores")) == 2, "another reference, another protocol"
+
+
+def test_training_images_are_not_called_held_out(
+    run: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("own.py").write_text("maker = lambda: lambda images: images.mean(dim=(2, 3))\n")
+    shutil.copytree(image_folder, "copy")
+    read: list[str] = []
+    batches = make_reference_statistics.all_batches
+
+    def counted(*args: Any, description: str) -> Iterator[Any]:
+        read.append(description)
+        return batches(*args, description=description)
+
+    monkeypatch.setattr(make_reference_statistics, "all_batches", counted)
+    data = [f"train_data_dir={image_folder}", "validation_data_dir=copy", "feature_extractor=own.py:maker"]
+    make_reference_statistics.main([*data, "vae=None"])
+    report = json.loads(Path("reference/reference_features.json").read_text())
+    assert report["held_out"] is False and report["images"] == 26
+    assert "training_images" not in report and read == ["reference"]
+    assert "Nothing is held out: the validation images are the training images again." in caplog.text
+
+
+def test_what_a_stop_left_is_scored_when_asked_for(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(run / "checkpoint-5", run / "checkpoint-7")
+    state = json.loads((run / "checkpoint-5" / "state.json").read_text())
+    (run / "checkpoint-7" / "state.json").write_text(json.dumps({**state, "step": 7}))
+    options = ["models=run", "checkpoints=true", *FEW, "metrics=frechet_distance"]
+    evaluate.main(options)
+    assert [each.step for each in load_scores(run / "scores")] == [5, 10, 12]
+    assert "leaving out what a stop left (stop_checkpoints=true scores it): checkpoint-7" in caplog.text
+    evaluate.main([*options, "stop_checkpoints=true"])
+    assert [each.step for each in load_scores(run / "scores")] == [5, 7, 10, 12]
 
 
 def test_a_pipeline_that_does_not_tell_its_step_is_scored_without(run: Path) -> None:

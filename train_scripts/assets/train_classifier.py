@@ -10,7 +10,6 @@ Without data settings it trains on the 9,000 images in the package. A quick try:
 
 import json
 import math
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
+from speed_diffusers.config.published import published_command
 from speed_diffusers.config.schema import option
 from speed_diffusers.data import ImageSource
 from speed_diffusers.data.batches import (
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     """Trains, writes, reads back and measures."""
     settings = load_config(ClassifierSettings, argv, Path(__file__).parent)
     source = open_training_images(settings)
-    validation = open_validation_images(settings)
+    validation = open_validation_images(settings, source)
     if validation is not None and validation.num_classes > source.num_classes:
         raise InputError(f"{validation.num_classes} validation classes, but {source.num_classes} to train on.")
     started = time.perf_counter()
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
     stored = load_classifier(weights)  # measured as stored, after rounding to half precision
     measured = None if validation is None else accuracy(stored, validation, settings)
     report = {
-        "command": shlex.join(["python", "train_scripts/assets/train_classifier.py", *argv]),
+        "command": published_command("train_scripts/assets/train_classifier.py", argv),
         "sha256": file_sha256(weights),
         "classes": source.label_names,
         "parameters": sum(parameter.numel() for parameter in stored.parameters()),

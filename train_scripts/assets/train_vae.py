@@ -10,7 +10,6 @@ files). Without data settings it trains on the 9,000 images in the package. A qu
 
 import json
 import math
-import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
+from speed_diffusers.config.published import published_command
 from speed_diffusers.config.schema import option
 from speed_diffusers.data import ImageSource
 from speed_diffusers.data.batches import (
@@ -53,7 +53,7 @@ class VAESettings(ImageSettings):
     learning_rate: float = option(2e-3, "Peak of the cosine schedule.", interval="(0, inf)")
     kl_weight: float = option(5e-4, "Weight of the KL term, per latent value in nats.", interval="[0, inf)")
     block_out_channels: list[int] = option([16, 32, 48], "Channels of each level; each halves the size.")
-    mixed_precision: str = option("bf16", "Arithmetic.", choices=("no", "bf16"))
+    mixed_precision: str = option("no", "Arithmetic; bf16 is slow on most CPUs.", choices=("no", "bf16"))
     device: str = option("cpu", "Torch device.")
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     """Trains, centres, writes, reads back and measures."""
     settings = load_config(VAESettings, argv, Path(__file__).parent)
     source = open_training_images(settings)
-    validation = open_validation_images(settings)
+    validation = open_validation_images(settings, source)
     torch.manual_seed(settings.seed)
     vae = make_vae(settings)
     cast(Any, vae).to(settings.device)
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
     output = Path(settings.output_dir)
     save(vae, output)
     report = {
-        "command": shlex.join(["python", "train_scripts/assets/train_vae.py", *argv]),
+        "command": published_command("train_scripts/assets/train_vae.py", argv),
         "held_out": validation is not None,
         **quality(validation or source, settings),
         "train_images": len(source),
