@@ -28,6 +28,9 @@ INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler/scheduler_config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """Name of diffusers' files of weights, without variant and suffix."""
 
+NO_WEIGHTS = re.compile(rf"file named {WEIGHTS_STEM}(\.fp16)?\.(bin|safetensors)\b")
+"""What diffusers says where the file itself is missing, and not a shard of it, without which weights are damaged."""
+
 CLASS_NAMES = {"vae": ("AutoencoderKL",), "transformer": ("DiTTransformer2DModel", "Transformer2DModel")}
 """Classes that a component's config.json may name; Transformer2DModel is what DiT's was in diffusers before 0.29."""
 
@@ -231,13 +234,14 @@ def _load_weights(model_class: type[M], component: str, place: str, options: dic
     try:
         return cast(tuple[Any, Any], model_class.from_pretrained(place, **options))
     except OSError as error:
-        # The file itself, not a shard of it: weights that are there in part are damaged.
-        if not re.search(rf"file named {WEIGHTS_STEM}\.(bin|safetensors)\b", str(error)):
+        if not NO_WEIGHTS.search(str(error)):
             raise
         missing = error
     try:
         loaded = cast(tuple[Any, Any], model_class.from_pretrained(place, variant="fp16", **options))
-    except OSError:
+    except OSError as error:
+        if not NO_WEIGHTS.search(str(error)):
+            raise
         if not Path(place).is_dir():
             raise missing from None
         files = ", ".join(sorted(file.name for file in Path(place).iterdir()))

@@ -76,6 +76,10 @@ def test_weights_in_half_precision_alone_are_taken_and_others_are_listed(
         load_vae(str(tmp_path))
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     half.rename(tmp_path / "diffusion_pytorch_model.bf16.safetensors")
+    half.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="Could not load the vae"):
+        load_vae(str(tmp_path))
+    half.unlink()
     listed = r"neither diffusion_pytorch_model.safetensors nor .*fp16.safetensors; its files: config.json, .*bf16.safe"
     with pytest.raises(InputError, match=listed):
         load_vae(str(tmp_path))

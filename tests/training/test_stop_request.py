@@ -19,8 +19,10 @@ from speed_diffusers.training.stop_request import STOP_SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Puts the handlers back that a test has changed, and checks that a request has done so."""
+    """No signal is ignored, whatever started the tests; afterwards all is as it was."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in set(STOP_SIGNALS) - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
