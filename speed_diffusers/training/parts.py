@@ -56,7 +56,7 @@ def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | Non
         source: The images to train on.
 
     Raises:
-        InputError: They cannot be read, or their classes are not those of the training.
+        InputError: They cannot be read, their classes are not those of the training, or they are its images.
     """
     if config.validation_data_dir is None and config.validation_split is None:
         return None
@@ -75,6 +75,11 @@ def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | Non
         raise InputError(
             f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}: its "
             f"{held_out.num_classes} classes are not, in this order, the {source.num_classes} of the training."
+        )
+    if held_out.signature() == source.signature():
+        raise InputError(
+            f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}: these are "
+            "the training images again, so nothing is held out; give others, or None for both."
         )
     return held_out
 
