@@ -19,8 +19,6 @@ from .workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 PRELOAD_BYTES = 2**29
 """Sets of at most this size, decoded, are trained on from memory."""
 
