@@ -28,13 +28,14 @@ class StepLog:
         self.run = run
         is_main = run.accelerator.is_main_process
         self.metrics = MetricsFile(run.output_dir / METRICS_FILE, run.first_step) if is_main else None
+        # Nothing where it may show: what is given there, TQDM_DISABLE cannot change.
+        hidden: dict[str, Any] = {} if is_main else {"disable": True}
         self.progress = tqdm(
             total=run.config.max_train_steps,
             initial=run.first_step,
             desc="Training",
             unit="step",
-            # Only where it must: whatever is given here, TQDM_DISABLE cannot change.
-            **({} if is_main else {"disable": True}),
+            **hidden,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
