@@ -51,7 +51,6 @@ class StopRequest:
         return next(iter(self.received), 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        _let_go_of_lost_terminals()
         now = time.monotonic()
         if not self.received:
             _say("Stopping: the state will be saved within seconds; Ctrl-C or SIGTERM a second time ends at once.\n")
@@ -81,14 +80,3 @@ def _say(text: str) -> None:
     """Writes to stderr past its buffer, in whose midst the signal may have come."""
     with suppress(OSError):
         os.write(2, text.encode())
-
-
-def _let_go_of_lost_terminals() -> None:
-    """Sends what would go to a terminal that has closed to nowhere: the loop's next word would end it unsaved."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
