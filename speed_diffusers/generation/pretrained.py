@@ -207,7 +207,7 @@ def _load_from_hub(model_class: type[M], component: str, name: str, options: dic
     except OSError:
         subfolder = component
         config = model_class.load_config(name, subfolder=subfolder, revision=revision)
-    _check_class(model_class, component, name, config)
+    _check_class(model_class, component, name, cast(dict[str, Any], config))
     return _load_weights(model_class, component, name, options | {"subfolder": subfolder})
 
 
