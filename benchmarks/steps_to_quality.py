@@ -1,6 +1,7 @@
 """How many optimizer steps each way to train needs for the same quality: a queue of runs, and what they give.
 
     python benchmarks/steps_to_quality.py work_dir=~/quality                   # all runs that are missing
+    python benchmarks/steps_to_quality.py action=report                        # tables and pictures of what is there
     python benchmarks/steps_to_quality.py work_dir=~/quality action=status
     python benchmarks/steps_to_quality.py work_dir=~/quality action=pause      # and action=resume, action=stop
 
@@ -31,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from measurement import ROOT, processor
 from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
+from quality_report import write_report
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
@@ -46,7 +48,7 @@ from training_runs import trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "steps_to_quality"
-ACTIONS = ("run", "status", "pause", "resume", "stop", "job")
+ACTIONS = ("run", "report", "status", "pause", "resume", "stop", "job")
 VALIDATION_IMAGES = 500
 SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_agreement")
 
@@ -55,7 +57,9 @@ SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_a
 class QualityConfig(Options):
     """Options of this benchmark."""
 
-    action: str = option("run", "run; status, pause, resume and stop are for a queue that runs.", choices=ACTIONS)
+    action: str = option(
+        "run", "run; report: tables and pictures; status, pause, resume, stop: of a queue that runs.", choices=ACTIONS
+    )
     work_dir: str = option(
         "runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.", path=True
     )
@@ -73,11 +77,14 @@ class QualityConfig(Options):
 def main() -> None:
     """Does what `action` says."""
     config = load_config(QualityConfig, sys.argv[1:], HERE)
-    work_dir = Path(config.work_dir).expanduser().resolve()
+    work_dir = Path(config.work_dir).resolve()
     if config.action == "job":
         make(_job(config.job), config, work_dir)
     elif config.action == "run":
         run_queue(config, work_dir)
+    elif config.action == "report":
+        for setting in config.settings:
+            print(write_report(Path(config.results_dir) / setting))
     elif config.action == "status":
         print(status(config, work_dir))
     else:

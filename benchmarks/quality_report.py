@@ -1,0 +1,108 @@
+"""Tables and pictures of the committed results of `steps_to_quality.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from quality_arms import ARMS
+from quality_estimator import SHARES, Curve, load_curves, step_ratio
+
+BASELINES = {"uniform_epsilon": "as published", "uniform_epsilon_tuned": "at its best rate"}
+PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
+SHOWN_STEPS = (500, 1000, 1500, 3000)
+
+
+def write_report(folder: Path) -> str:
+    """Writes `table.md` and `curves.png` beside the results of a setting; returns the table."""
+    curves = load_curves(folder)
+    table = "\n\n".join([distances(curves), *(ratios(curves, baseline) for baseline in BASELINES), harm(curves)])
+    (folder / "table.md").write_text(table + "\n")
+    plot(curves, folder / "curves.png")
+    return table
+
+
+def arms_of(curves: Sequence[Curve]) -> list[str]:
+    """The arms that have results, in their order."""
+    found = {curve.arm for curve in curves}
+    return [name for name in ARMS if name in found]
+
+
+def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:
+    values = [curve.points[step][score] for curve in curves if curve.arm == arm and step in curve.points]
+    return f"{np.mean(values):.2f}" if values else ""
+
+
+def distances(curves: Sequence[Curve]) -> str:
+    """Mean distance over the seeds by step."""
+    lines = [
+        "**Fréchet distance after steps**, mean over the seeds (lower is better).",
+        "",
+        "| arm | seeds | " + " | ".join(f"{step:,}" for step in SHOWN_STEPS) + " |",
+        "|---|---|" + "---|" * len(SHOWN_STEPS),
+    ]
+    for arm in arms_of(curves):
+        seeds = sum(curve.arm == arm for curve in curves)
+        cells = [_mean(curves, arm, step, "frechet_distance") for step in SHOWN_STEPS]
+        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios(curves: Sequence[Curve], baseline: str) -> str:
+    """How many times fewer steps each arm needs than a baseline."""
+    lines = [
+        f"**Times fewer steps than `{baseline}`** ({BASELINES[baseline]}) to the distance that it has after a share "
+        "of its run: geometric mean over paired seeds, with a bootstrap's 95 % interval or, of fewer than four seeds, "
+        "each seed's.",
+        "",
+        "| arm | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
+        "|---|" + "---|" * len(SHARES),
+    ]
+    for arm in arms_of(curves):
+        found = [step_ratio(curves, arm, baseline, share) for share in SHARES]
+        if arm != baseline and None not in found:
+            lines.append(f"| {arm} | {' | '.join(map(str, found))} |")
+    return "\n".join(lines)
+
+
+def harm(curves: Sequence[Curve]) -> str:
+    """What else changes: recall, precision, agreement and validation loss at the end of each arm's runs."""
+    names = ("recall", "precision", "class_agreement", "validation_loss")
+    lines = [
+        "**At the end of each arm's runs**, mean over the seeds.",
+        "",
+        "| arm | steps | " + " | ".join(name.replace("_", " ") for name in names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for arm in arms_of(curves):
+        step = max(max(curve.points) for curve in curves if curve.arm == arm)
+        lines.append(f"| {arm} | {step:,} | {' | '.join(_mean(curves, arm, step, name) for name in names)} |")
+    return "\n".join(lines)
+
+
+def plot(curves: Sequence[Curve], path: Path) -> None:
+    """Distance over steps of the main arms: the mean over the seeds, and a band from the best to the worst."""
+    figure = Figure(figsize=(6.4, 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for arm in PLOTTED:
+        mine = [curve for curve in curves if curve.arm == arm]
+        if not mine:
+            continue
+        steps, _ = mine[0].values("frechet_distance")
+        values = np.array([curve.values("frechet_distance")[1] for curve in mine])
+        (line,) = axes.plot(
+            steps, np.exp(np.log(values).mean(0)), marker="o", markersize=3, label=f"{arm} ({len(mine)})"
+        )
+        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("Fréchet distance (lower is better)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if value in (5, 6, 8, 20, 30, 50) else "")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
