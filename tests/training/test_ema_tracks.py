@@ -1,0 +1,96 @@
+"""Power-function averages against their formula, and averages of other lengths from snapshots."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from torch import nn
+
+from speed_diffusers.errors import InputError
+from speed_diffusers.training.ema_tracks import (
+    EmaTracks,
+    ema_of_length,
+    inner_products,
+    power_of,
+    remove_later_snapshots,
+    save_snapshot,
+)
+
+
+def test_powers_are_edm2s() -> None:
+    # Table of EDM2's section 3.1: 5 % is gamma = 16.97, 10 % is 6.94.
+    assert power_of(0.05) == pytest.approx(16.97, abs=0.005)
+    assert power_of(0.10) == pytest.approx(6.94, abs=0.005)
+    for wrong in (0.0, -0.1, 0.3):
+        with pytest.raises(InputError, match=r"must lie in \(0, 0.28\]"):
+            power_of(wrong)
+
+
+@pytest.mark.parametrize(("t1", "g1", "t2", "g2"), [(3.0, 2.0, 5.0, 7.0), (5.0, 7.0, 3.0, 2.0), (4.0, 1.5, 4.0, 1.5)])
+def test_inner_products_are_the_integral(t1: float, g1: float, t2: float, g2: float) -> None:
+    def weight(s: float, t: float, g: float) -> float:
+        return (g + 1) * s**g / t ** (g + 1) if s <= t else 0.0
+
+    expected, _ = scipy.integrate.quad(lambda s: weight(s, t1, g1) * weight(s, t2, g2), 0, min(t1, t2))
+    assert float(inner_products(t1, g1, t2, g2)) == pytest.approx(expected, rel=1e-8)
+
+
+def drifting(steps: int, lengths: tuple[float, ...]) -> tuple[nn.Module, EmaTracks, list[torch.Tensor]]:
+    """A model whose weights wander as in a training, its tracks, and its weights after each step."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 3)
+    tracks, seen = EmaTracks(model, lengths), []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight += 0.1 * torch.randn(3, 4, generator=generator) / step**0.5
+        tracks.update(step)
+        seen.append(model.weight.detach().clone())
+    return model, tracks, seen
+
+
+def test_a_track_weighs_steps_by_their_power() -> None:
+    _, tracks, seen = drifting(400, (0.05, 0.1))
+    for length in (0.05, 0.1):
+        steps = np.arange(1, 401)
+        weights = np.diff((np.arange(401) / 400) ** (power_of(length) + 1))
+        assert np.sqrt(np.average((steps - np.average(steps, weights=weights)) ** 2, weights=weights)) / 400 == (
+            pytest.approx(length, rel=0.02)
+        )
+        expected = sum(float(weight) * value for weight, value in zip(weights, seen, strict=True))
+        torch.testing.assert_close(tracks.state_dict()[f"{length:g}/weight"], expected, rtol=0, atol=1e-5)
+
+
+def test_another_length_comes_out_of_snapshots(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 3)
+    tracks, targets = EmaTracks(model, (0.05, 0.1)), EmaTracks(model, (0.03, 0.07, 0.15))
+    for step in range(1, 801):
+        with torch.no_grad():
+            model.weight += 0.1 * torch.randn(3, 4, generator=generator) / step**0.5
+        for each in (tracks, targets):
+            each.update(step)
+        if step % 50 == 0:
+            save_snapshot(tmp_path, step, tracks.state_dict())
+    spread = float((model.weight - tracks.state_dict()["0.1/weight"]).detach().norm())
+    for length in (0.03, 0.07, 0.15, 0.1):
+        found = ema_of_length(tmp_path, length)
+        assert found.keys() == {"weight", "bias"} and found["weight"].dtype == torch.float32
+        other = (targets if length != 0.1 else tracks).state_dict()[f"{length:g}/weight"]
+        assert float((found["weight"] - other).norm()) < 0.05 * spread, length
+    early = ema_of_length(tmp_path, 0.1, step=400)["weight"]
+    remove_later_snapshots(tmp_path, 400)
+    assert torch.equal(ema_of_length(tmp_path, 0.1)["weight"], early)
+    remove_later_snapshots(tmp_path, 0)
+    with pytest.raises(InputError, match="has no EMA snapshots"):
+        ema_of_length(tmp_path, 0.1)
+
+
+def test_a_state_goes_back_or_is_refused() -> None:
+    _, tracks, _ = drifting(20, (0.05, 0.1))
+    other = EmaTracks(nn.Linear(4, 3), (0.05, 0.1))
+    other.load_state_dict(tracks.state_dict())
+    assert all(torch.equal(value, tracks.state_dict()[name]) for name, value in other.state_dict().items())
+    with pytest.raises(InputError, match=r"ema_tracks=0.2: saved are \['0.05', '0.1'\]"):
+        EmaTracks(nn.Linear(4, 3), (0.2,)).load_state_dict(tracks.state_dict())
