@@ -21,6 +21,8 @@ MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safet
 STATE, MANIFEST = "state.json", "manifest.json"
 LEARNED = "speed.safetensors"
 """What a density has learned; only where one does."""
+TRACKS = "ema_tracks.safetensors"
+"""Power-function averages; only where a run keeps some."""
 TEMPORARY = ".tmp-checkpoint-"
 _REPLACED = f"{TEMPORARY}replaced-"
 
@@ -195,7 +197,7 @@ def _problem_of(folder: Path) -> str | None:
         return f"{folder} is not a folder."
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (MODEL, EMA, OPTIMIZER, STATE, *([LEARNED] if LEARNED in manifest else [])):
+        for name in (MODEL, EMA, OPTIMIZER, STATE, *(name for name in (LEARNED, TRACKS) if name in manifest)):
             path = folder / name
             if not path.is_file():
                 return f"{path} is missing."

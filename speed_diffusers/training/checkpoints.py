@@ -33,6 +33,7 @@ from .checkpoint_folders import (
     OPTIMIZER,
     STATE,
     TEMPORARY,
+    TRACKS,
     check_state,
     digest,
     remove_leftovers,
@@ -64,6 +65,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     is_main_process: bool,
     learned: Mapping[str, Tensor] | None = None,
+    tracks: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>`: to a temporary folder, hashed, synced to disk, then renamed.
 
@@ -78,6 +80,7 @@ def save_checkpoint(
         state: Anything else to keep, as JSON values.
         is_main_process: Whether this process writes.
         learned: What the density over timesteps has learned, if it does; whole tensors.
+        tracks: Power-function averages, if the run keeps some; whole tensors.
 
     Returns:
         The folder of the checkpoint.
@@ -98,6 +101,8 @@ def save_checkpoint(
     files = {MODEL: weights, EMA: averages, OPTIMIZER: _flat_moments(moments["state"])}
     if learned is not None:
         files[LEARNED] = dict(learned)
+    if tracks is not None:
+        files[TRACKS] = dict(tracks)
     document = {"format_version": FORMAT_VERSION, "step": step, "param_groups": moments["param_groups"], **state}
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
@@ -205,6 +210,15 @@ def load_learned(folder: Path) -> dict[str, Tensor]:
         InputError: The file is no safetensors file.
     """
     return _load_tensors(folder / LEARNED) if (folder / LEARNED).is_file() else {}
+
+
+def load_tracks(folder: Path) -> dict[str, Tensor]:
+    """The power-function averages of a checkpoint; empty where it holds none.
+
+    Raises:
+        InputError: The file is no safetensors file.
+    """
+    return _load_tensors(folder / TRACKS) if (folder / TRACKS).is_file() else {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

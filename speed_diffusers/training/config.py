@@ -169,6 +169,12 @@ class TrainConfig(_WithSpeeD):
     ema_decay: float | None = option(
         None, "Decay of the EMA weights; None: half-life of 5 % of the run.", interval="[0, 1)"
     )
+    ema_tracks: list[float] = option(
+        [],
+        "Also keep power-function averages of these relative lengths, such as 0.05,0.1, written at each checkpoint: "
+        "evaluate.py weights=ema:0.07 makes any length of them.",
+        interval="(0, 0.28]",
+    )
     mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
     ddp_timeout: int = option(
         600, "Seconds that a process waits for the others before the run ends.", interval="[1, 604800]", free=True

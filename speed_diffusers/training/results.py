@@ -32,6 +32,7 @@ from ..version import __version__
 from .checkpoint_folders import prune_checkpoints
 from .checkpoints import full_tensors, save_checkpoint
 from .config import TrainConfig
+from .ema_tracks import save_snapshot
 from .guard import not_finite
 from .profiling import labelled
 from .run import Inputs, TrainingRun
@@ -143,6 +144,7 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
         if name != "step"
     }
     check_finite(run, step, {**dict(run.core.named_parameters()), **ema_tensors(run), **moments})
+    tracks = None if run.ema_tracks is None else full_tensors(run.ema_tracks.state_dict())
     save_checkpoint(
         run.output_dir,
         step=step,
@@ -159,8 +161,12 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
         },
         is_main_process=run.accelerator.is_main_process,
         learned=None if run.feedback is None else run.feedback.state_dict(run.summed),
+        tracks=tracks,
     )
     if run.accelerator.is_main_process:
+        due = step == run.config.max_train_steps or step % (run.config.checkpointing_steps or step + 1) == 0
+        if tracks is not None and due:  # a stop elsewhere must not change what is made of the snapshots
+            save_snapshot(run.output_dir, step, tracks)
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
     run.ranks.meet()
 

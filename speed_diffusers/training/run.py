@@ -21,6 +21,7 @@ from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteSchedule
 from ..variance import LearnedVariance
 from .config import TrainConfig
 from .ema import ExponentialMovingAverage
+from .ema_tracks import EmaTracks
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
 from .ranks import Ranks
@@ -67,6 +68,8 @@ class TrainingRun:
     optimizer: Any
     lr_scheduler: Any
     ema: ExponentialMovingAverage
+    ema_tracks: EmaTracks | None
+    """Averages from which any length is made afterwards, if the options ask for some."""
     guard: NonFiniteGuard
     layout: BatchLayout
     loader: DataLoader[dict[str, Tensor]]

@@ -23,6 +23,7 @@ from .checkpoint_folders import (
 )
 from .checkpoints import read_state
 from .config import TrainConfig
+from .ema_tracks import SNAPSHOTS_FOLDER, remove_later_snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +177,14 @@ def open_output_dir(
     remove_unfinished(folder, PIPELINE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE)
     remove_unfinished(folder / VALIDATION_FOLDER, "*.png", LOSS_FILE)
     remove_unfinished(folder / SCORES_FOLDER, "*.json")
+    remove_unfinished(folder / SNAPSHOTS_FOLDER, "*.safetensors")
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if config.overwrite_output_dir and not goes_on:
         _delete_run(folder)
     if checkpoint is not None:
         step = read_state(checkpoint)["step"]
         set_aside_later_checkpoints(folder, step)
+        remove_later_snapshots(folder, step)
         # A run that was killed between its last save and this would keep one too many for good.
         prune_checkpoints(folder, config.checkpoints_total_limit, keep=step)
     # Before the configuration, which makes the folder a run.
@@ -206,7 +209,7 @@ def _locked(folder: Path) -> FileLock | None:
 
 def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in its folder."""
-    for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER, SCORES_FOLDER):
+    for name in (PIPELINE_FOLDER, VALIDATION_FOLDER, LOGGING_FOLDER, SCORES_FOLDER, SNAPSHOTS_FOLDER):
         remove(folder / name)
     for checkpoint in list_checkpoints(folder):
         remove(checkpoint)

@@ -21,9 +21,10 @@ from ..data.workers import end_with_parent
 from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
 from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
-from .checkpoints import load_checkpoint, load_learned, read_state
+from .checkpoints import load_checkpoint, load_learned, load_tracks, read_state
 from .config import TrainConfig
 from .ema import ExponentialMovingAverage, fitted_decay
+from .ema_tracks import EmaTracks
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
 from .optimizer import make_optimizer
@@ -107,12 +108,15 @@ def start_run(inputs: Inputs) -> TrainingRun:
     )
     decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
     ema = ExponentialMovingAverage(core, decay)
+    ema_tracks = EmaTracks(core, config.ema_tracks) if config.ema_tracks else None
     first_step, seconds, log = 0, 0.0, None
     if inputs.checkpoint is not None:
         load_checkpoint(inputs.checkpoint, model=core, ema=ema, optimizer=optimizer.optimizer)
         state = read_state(inputs.checkpoint)
         first_step, seconds, log = state["step"], state.get("seconds", 0.0), state.get("log")
         set_learning_rate(lr_scheduler, first_step)
+        if ema_tracks is not None:
+            ema_tracks.load_state_dict(load_tracks(inputs.checkpoint))
     scheduler = inputs.scheduler
     feedback = ErrorFeedback(scheduler, accelerator.device) if scheduler.speed_is_loss_aware else None
     if feedback is not None and inputs.checkpoint is not None:
@@ -141,6 +145,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         ema=ema,
+        ema_tracks=ema_tracks,
         guard=NonFiniteGuard(optimizer.optimizer, accelerator.device),
         layout=layout,
         loader=make_loader(inputs, dataset, first_step),

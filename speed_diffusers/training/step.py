@@ -96,6 +96,8 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
             run.lr_scheduler.step()
         with labelled("ema"):
             run.ema.update()
+            if run.ema_tracks is not None:
+                run.ema_tracks.update(step + 1)
         if run.feedback is not None:
             run.feedback.advance(step + 1, run.summed)
         run.ranks.at(step + 1, "logging")

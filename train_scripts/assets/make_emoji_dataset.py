@@ -35,8 +35,8 @@ SIDE_IN_PACKAGE = 64
 class EmojiSettings(Options):
     """All settings of this script."""
 
-    package_dir: str = option("node_modules/emoji-datasource-google", "The npm package, unpacked.")
-    output_dir: str = option("emoji", "Folder for train.parquet and test.parquet.")
+    package_dir: str = option("node_modules/emoji-datasource-google", "The npm package, unpacked.", path=True)
+    output_dir: str = option("emoji", "Folder for train.parquet and test.parquet.", path=True)
     resolution: int = option(32, "Side of the images in pixels.", interval="[8, 64]")
     held_out: float = option(1 / 7, "Share of each class that is held out.", interval="(0, 1)")
     seed: int = option(0, "Chooses what is held out, and the order.", interval="[0, 2^63)")
