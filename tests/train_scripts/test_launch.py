@@ -120,14 +120,18 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
 
 def test_two_processes_train_as_one_does(train: Callable[..., Path], tiny_options: list[str], tmp_path: Path) -> None:
     options = [part for part in tiny_options if not part.startswith(("train_batch_size", "output_dir"))]
-    train(tmp_path / "one")
-    pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options]
+    extra = ["optimizer=muon", "ema_tracks=0.05,0.1"]  # AdamW has its share of the parameters
+    train(tmp_path / "one", *extra)
+    pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options, *extra]
     together = launch([*pair, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"])
     assert together.returncode == 0, together.stderr
     assert "2 per device x 2 process(es) x 1 accumulated" in together.stdout
-    first, second = (load_file(tmp_path / name / "checkpoint-12" / "ema.safetensors") for name in ("one", "two"))
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
+    for file in ("ema", "ema_tracks"):
+        first, second = (
+            load_file(tmp_path / name / "checkpoint-12" / f"{file}.safetensors") for name in ("one", "two")
+        )
+        for name, value in first.items():
+            torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
 
 
 def test_sample_takes_the_embedded_checkpoint_and_refuses_unknown_classes(tmp_path: Path) -> None:

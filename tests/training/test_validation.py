@@ -87,6 +87,7 @@ def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Pat
         "validation_steps=5",
         "optimizer=muon",
         "conditioning_init=unit",
+        "ema_tracks=0.05,0.1",
     ]
     whole = train(tmp_path / "whole", *options)
 
@@ -102,9 +103,12 @@ def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Pat
         shutil.rmtree(broken / name)
     train(broken, *options, "resume_from_checkpoint=latest")
     assert lines(broken) == found
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "ema_tracks", "optimizer"):
         file = Path("checkpoint-12") / f"{name}.safetensors"
         assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    snapshots = [sorted((folder / "ema_snapshots").iterdir()) for folder in (whole, broken)]
+    assert len(snapshots[0]) == 3
+    assert [path.read_bytes() for path in snapshots[0]] == [path.read_bytes() for path in snapshots[1]]
     with pytest.raises(InputError, match="Unknown split 'tset'. Did you mean 'test'"):
         train(tmp_path / "other", *options[:3], "validation_split=tset")
     with pytest.raises(InputError, match="its 10 classes are not, in this order, the 2 of the training"):
