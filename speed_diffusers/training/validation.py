@@ -48,7 +48,7 @@ class ValidationSet:
         num_images: int,
         batch_size: int = 32,
     ) -> "ValidationSet":
-        """Encodes images of a source, evenly spaced over its rows.
+        """Encodes images of a source, evenly spaced over its rows; the next good one stands in for one that is bad.
 
         Args:
             source: The images.
@@ -60,14 +60,15 @@ class ValidationSet:
         """
         rows = np.linspace(0, len(source) - 1, min(num_images, len(source)), dtype=int).tolist()
         scaling = float(vae.config["scaling_factor"])
-        latents = []
+        latents, used = [], []
         for begin in range(0, len(rows), batch_size):
-            pixels = np.stack([source.load(row, resolution, center_crop) for row in rows[begin : begin + batch_size]])
-            (moments,) = encode_moments(pixels, vae, flipped=False)
+            loaded = [source.load_or_next(row, resolution, center_crop) for row in rows[begin : begin + batch_size]]
+            used += [row for _, row, _ in loaded]
+            (moments,) = encode_moments(np.stack([image for image, _, _ in loaded]), vae, flipped=False)
             mean = torch.from_numpy(moments)
             # The posterior's mean: its noise would be a floor under the errors at little noise.
             latents.append(sample_latents(mean, torch.zeros_like(mean.chunk(2, dim=1)[0]), scaling))
-        labels = torch.from_numpy(source.labels[rows])
+        labels = torch.from_numpy(source.labels[used])
         return cls(torch.cat(latents), labels if source.num_classes else torch.full_like(labels, -1))
 
 
