@@ -36,9 +36,9 @@ from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_pi
 from speed_diffusers.metrics.score_record import ScoreRecord, load_score, load_scores, save_score, score_path
 from speed_diffusers.training.run_folder import SCORES_FOLDER
 from speed_diffusers.training.snapshots import (
-    WEIGHTS,
     ModelToScore,
     Place,
+    check_weights,
     find_models,
     put_weights,
     warn_of_untrained_guidance,
@@ -59,7 +59,9 @@ class EvaluateConfig(GenerationSettings):
     stop_checkpoints: bool = option(
         False, "Those too that a stop (Ctrl-C, SIGTERM) left between the steps of checkpointing_steps."
     )
-    weights: str = option("ema", "Which weights of the checkpoints: EMA weights, or as trained.", choices=WEIGHTS)
+    weights: str = option(
+        "ema", "Of the checkpoints: ema, model (as trained), or ema:0.05, an EMA of any length of a run's ema_tracks."
+    )
     reference: str = option(EMBEDDED, "'embedded', or a file of make_reference_statistics.py.", path=True)
     feature_extractor: str = option(
         FASHION_MNIST,
@@ -121,7 +123,7 @@ def read_settings(config: EvaluateConfig, device: torch.device) -> ScoreSettings
     return ScoreSettings(
         **{field.name: getattr(config, field.name) for field in fields(GenerationSettings)},
         num_images=config.num_images,
-        weights=config.weights,
+        weights=check_weights(config.weights),
         metrics=tuple(config.metrics),
         extractor=load_extractor(config.feature_extractor, device=device),
         reference=load_reference(config.reference),

@@ -105,10 +105,20 @@ def save_snapshot(folder: Path, step: int, tracks: Mapping[str, Tensor]) -> None
         save_tensors({name: value.half() for name, value in tracks.items()}, temporary)
 
 
+def step_of_snapshot(path: Path) -> int:
+    """The step after which a snapshot was written."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def list_snapshots(folder: Path) -> dict[int, Path]:
+    """The snapshots of a run by their steps."""
+    return {step_of_snapshot(path): path for path in (folder / SNAPSHOTS_FOLDER).glob("step-*.safetensors")}
+
+
 def remove_later_snapshots(folder: Path, step: int) -> None:
     """Removes the snapshots of steps after one that a run resumes from."""
-    for path in (folder / SNAPSHOTS_FOLDER).glob("step-*.safetensors"):
-        if int(path.stem.removeprefix("step-")) > step:
+    for at, path in list_snapshots(folder).items():
+        if at > step:
             path.unlink()
 
 
@@ -127,9 +137,7 @@ def ema_of_length(folder: Path, length: float, step: int | None = None) -> dict[
         InputError: There are no snapshots until then, or the length lies outside.
     """
     power = power_of(length)
-    paths = {
-        int(path.stem.removeprefix("step-")): path for path in (folder / SNAPSHOTS_FOLDER).glob("step-*.safetensors")
-    }
+    paths = list_snapshots(folder)
     last = step if step is not None else max(paths, default=0)
     used = {at: path for at, path in sorted(paths.items()) if at <= last}
     if not used:

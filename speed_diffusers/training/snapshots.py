@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..assets import EMBEDDED
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..generation.export import inference_pipeline
 from ..generation.generate import speed_pipeline
 from ..generation.pretrained import GUIDANCE_UNTRAINED, load_pipeline, load_vae, training_config_of
 from ..models import export_transformer
 from .checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
 from .checkpoints import read_state
+from .ema_tracks import ema_of_length, list_snapshots, power_of, step_of_snapshot
 from .parts import make_model, make_scheduler, open_data
 from .run_folder import (
     METRICS_FILE,
@@ -36,12 +37,35 @@ logger = logging.getLogger(__name__)
 WEIGHTS = {"ema": EMA, "model": MODEL}
 """What a checkpoint holds, by the names under which protocols have it."""
 
+OF_LENGTH = "ema:"
+"""What stands before the relative length of EMA weights that are made of a run's snapshots, "ema:0.05"."""
+
+
+def check_weights(weights: str) -> str:
+    """Checks which weights are asked for: one of `WEIGHTS`, or "ema:" and a relative length.
+
+    Raises:
+        InputError: It is neither, or the length lies outside (0, 0.28].
+    """
+    if weights in WEIGHTS:
+        return weights
+    before, _, text = weights.partition(OF_LENGTH)
+    try:
+        length = None if before else float(text)
+    except ValueError:
+        length = None
+    if length is None:
+        raise unknown_name("weights", weights, [*WEIGHTS, f"{OF_LENGTH}0.05"])
+    power_of(length)
+    return weights
+
 
 @dataclass(frozen=True)
 class Place:
-    """A point of a run: its last pipeline, or a checkpoint; all None for a pipeline that says nothing of its past."""
+    """A point of a run; all None for a pipeline that says nothing of its past."""
 
     checkpoint: Path | None
+    """A checkpoint, or a snapshot of its averages; None: the pipeline at its end."""
     step: int | None
     images_seen: int | None = None
     seconds: float | None = None
@@ -169,6 +193,11 @@ def run_places(folder: Path, *, checkpoints: bool, stop_checkpoints: bool, weigh
         seconds = float(np.interp(float(step), steps, times)) if timed else None
         return Place(checkpoint, step, None if global_batch is None else step * global_batch, seconds)
 
+    if weights.startswith(OF_LENGTH):
+        snapshots = sorted(list_snapshots(folder).items())
+        if not snapshots:
+            raise InputError(f"models={folder}: weights={weights} needs the snapshots of a run with ema_tracks; none.")
+        return [place(path, step) for step, path in (snapshots if checkpoints else snapshots[-1:])]
     places: dict[int, Place] = {}
     if _has_pipeline(folder) and weights == "ema":
         end = pipeline_place(str(folder))
@@ -238,14 +267,25 @@ def pipeline_of_config(folder: Path) -> DiTPipeline:
 def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:
     """Replaces a pipeline's transformer by that of a checkpoint.
 
+    Args:
+        pipeline: The pipeline.
+        checkpoint: As `Place` has it.
+        weights: As `check_weights` allows.
+
     Raises:
         InputError: The checkpoint is damaged, or of another model.
     """
+    of_length = weights.startswith(OF_LENGTH)
+    path = checkpoint if of_length else checkpoint / WEIGHTS[weights]
     try:
-        state = load_file(checkpoint / WEIGHTS[weights])
+        if of_length:
+            length = float(weights.removeprefix(OF_LENGTH))
+            state = ema_of_length(checkpoint.parent.parent, length, step_of_snapshot(checkpoint))
+        else:
+            state = load_file(path)
         transformer = export_transformer(pipeline.transformer.config, state)
     except (RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{checkpoint / WEIGHTS[weights]} is damaged, or of another model than its run's.") from error
+        raise InputError(f"{path} is damaged, or of another model than its run's.") from error
     cast(Any, pipeline).register_modules(transformer=transformer)
 
 

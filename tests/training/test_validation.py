@@ -15,7 +15,8 @@ from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteSched
 from speed_diffusers.assets import EMBEDDED_HELD_OUT_IMAGES
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
-from speed_diffusers.generation.pretrained import load_vae
+from speed_diffusers.generation.pretrained import load_pipeline, load_vae
+from speed_diffusers.training.snapshots import check_weights, put_weights, run_places
 from speed_diffusers.training.validation import LOG_SNR_LEVELS, ValidationSet, validation_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -109,6 +110,24 @@ def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Pat
     snapshots = [sorted((folder / "ema_snapshots").iterdir()) for folder in (whole, broken)]
     assert len(snapshots[0]) == 3
     assert [path.read_bytes() for path in snapshots[0]] == [path.read_bytes() for path in snapshots[1]]
+    places = run_places(whole, checkpoints=True, stop_checkpoints=False, weights="ema:0.07")
+    assert [place.step for place in places] == [5, 10, 12]
+    pipeline = load_pipeline(str(whole))
+    exported = pipeline.transformer.state_dict()
+    assert places[-1].checkpoint is not None
+    put_weights(pipeline, places[-1].checkpoint, "ema:0.07")
+    made = pipeline.transformer.state_dict()
+    distance = sum(float((made[name] - exported[name]).square().sum()) for name in made)
+    size = sum(float(exported[name].square().sum()) for name in made)
+    assert 0 < distance < 1e-3 * size
+    wrong_ones = (
+        ("ema:0.5", r"must lie in \(0, 0.28\]"),
+        ("emma", "Did you mean 'ema'"),
+        ("ema:x", "weights 'ema:x'"),
+    )
+    for wrong, message in wrong_ones:
+        with pytest.raises(InputError, match=message):
+            check_weights(wrong)
     with pytest.raises(InputError, match="Unknown split 'tset'. Did you mean 'test'"):
         train(tmp_path / "other", *options[:3], "validation_split=tset")
     with pytest.raises(InputError, match="its 10 classes are not, in this order, the 2 of the training"):
