@@ -7,7 +7,7 @@ import pytest
 
 from small_images import image_dataset, noise_image
 from speed_diffusers.data import open_images
-from speed_diffusers.data.batches import ImageSettings, open_validation_images
+from speed_diffusers.data.batches import ImageSettings, open_training_images, open_validation_images
 from speed_diffusers.data.splits import UnknownSplit, split_in_name
 from speed_diffusers.errors import InputError
 
@@ -185,8 +185,10 @@ def test_names_that_read_as_patterns_open_themselves(root: Path, cache_dir: str)
 
 def test_held_out_images_are_what_is_held_out(root: Path) -> None:
     lay(root, {"a/val/cat/1.png": 1, "a/train/cat/2.png": 2, "a/train/dog/3.png": 3, "b/cat/1.png": 1})
+    training = open_training_images(ImageSettings())
     for given, rows in (("a", 1), ("a/val", 1), ("b", 1)):
-        source = open_validation_images(ImageSettings(validation_data_dir=str(root / given)))
+        source = open_validation_images(ImageSettings(validation_data_dir=str(root / given)), training)
         assert source is not None and len(source) == rows
-    chosen = open_validation_images(ImageSettings(validation_data_dir=str(root / "a"), validation_split="train"))
+    settings = ImageSettings(validation_data_dir=str(root / "a"), validation_split="train")
+    chosen = open_validation_images(settings, training)
     assert chosen is not None and len(chosen) == 2
