@@ -304,7 +304,7 @@ def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog
         (["guidance_interval=0.5"], r"guidance_interval=\[0.5\]: must be two numbers"),
         (["sampler=dimm"], "Unknown sampler 'dimm'. Did you mean 'ddim'"),
         (["metrics=kernel"], "Unknown metrics 'kernel'. Did you mean 'kernel_distance'"),
-        (["weights=averaged"], "Unknown weights 'averaged'.*Allowed: ema, model"),
+        (["weights=averaged"], "Unknown weights 'averaged'.*Allowed: ema, ema:0.05, model"),
         (["class_labels=horse"], "Unknown class label 'horse'"),
         (["reference=nowhere.safetensors"], "No reference statistics at 'nowhere.safetensors'"),
         (["reference=large.safetensors"], "is of 64x64 images, the pipeline makes 32x32"),
