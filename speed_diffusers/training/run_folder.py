@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.load import config_dict, load_config, save_config
+from ..config.schema import default_of
 from ..errors import InputError
 from ..files import check_writable, remove, remove_unfinished, write_text
 from .checkpoint_folders import (
@@ -126,7 +127,7 @@ def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[st
     """
     state = read_state(checkpoint)
     # An option that the checkpoint does not know yet was not there to differ: it had what is its default now.
-    before = {field.name: field.default for field in fields(TrainConfig)} | state["config"]
+    before = {field.name: default_of(field) for field in fields(TrainConfig)} | state["config"]
     free = {field.name for field in fields(TrainConfig) if field.metadata["free"]}
     changes = [
         f"{name}: {before[name]} -> {value}"

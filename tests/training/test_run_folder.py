@@ -3,16 +3,19 @@
 import errno
 import logging
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from speed_diffusers.config.load import config_dict
+from speed_diffusers.errors import InputError
 from speed_diffusers.training.checkpoint_folders import list_checkpoints
 from speed_diffusers.training.config import TrainConfig
-from speed_diffusers.training.run_folder import open_output_dir
+from speed_diffusers.training.run_folder import check_resumed_config, open_output_dir
 from speed_diffusers.training.setup import worker_context
-from tiny_run import saved_steps
+from tiny_run import light_run, saved_steps
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
@@ -55,3 +58,16 @@ def test_workers_start_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_context() == "forkserver"
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert worker_context() == "spawn"
+
+
+def test_a_checkpoint_that_knows_fewer_options_had_their_defaults(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=str(tmp_path))
+    known = config_dict(config)
+    for name in known:
+        fewer = {key: value for key, value in known.items() if key != name}
+        run = light_run()
+        run.step = 1
+        checkpoint = run.save(tmp_path, config=fewer)
+        check_resumed_config(config, checkpoint, {})
+    with pytest.raises(InputError, match=r"ema_tracks: \[\] -> \[0.05\]"):
+        check_resumed_config(replace(config, ema_tracks=[0.05]), run.save(tmp_path, config={}), {})
