@@ -36,8 +36,24 @@ def area_shares(tables: SpeeDTables, areas: Areas) -> dict[str, float]:
     return {name: float(tables.drawn_pmf[area.start : area.stop].sum()) for name, area in vars(areas).items()}
 
 
+def density_over_log_snr(tables: SpeeDTables) -> Tensor:
+    """p(log SNR) at each timestep, shape (T,), float64: the draws per unit of log SNR, whatever the schedule.
+
+    The one coordinate in which the densities of different papers and schedules are the same if they train the same
+    noise equally often.
+    """
+    return tables.drawn_pmf / tables.process.log_snr_speed
+
+
+def log_snr_moments(tables: SpeeDTables) -> tuple[float, float]:
+    """Mean and standard deviation of log SNR under the draws."""
+    log_snr, pmf = tables.process.finite_log_snr, tables.drawn_pmf
+    mean = float((pmf * log_snr).sum())
+    return mean, float((pmf * (log_snr - mean).square()).sum().sqrt())
+
+
 def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, title: str, path: Path) -> None:
-    """Saves a PNG of strategies over the timesteps of one process: noise level, density, weight, and their product.
+    """Saves a PNG of strategies of one process: noise level, density, weight and their product, and p(log SNR).
 
     Areas are bands with their names. A strategy whose tau is another than that of `areas` has it as a dotted line in
     its colour.
@@ -49,12 +65,16 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
         path: PNG file to write.
     """
     legend_rows = -(-len(strategies) // 3)
-    figure = Figure(figsize=(9, 8.2 + 0.22 * legend_rows), dpi=100, layout="constrained")
-    panels = figure.subplots(4, 1, sharex=True, height_ratios=(0.55, 1, 1, 1))
+    figure = Figure(figsize=(9, 10.4 + 0.22 * legend_rows), dpi=100, layout="constrained")
+    *panels, over_noise = figure.subplots(5, 1, height_ratios=(0.55, 1, 1, 1, 1))
     noise, density, weight, product = panels
+    for axes in panels[:-1]:
+        axes.sharex(product)
+        axes.tick_params(labelbottom=False)
     first = next(iter(strategies.values()))
     noise.plot(first.process.noise_level, color="black", linewidth=0.9)
     noise.set(ylabel="noise level", ylim=(-0.03, 1.03), xlim=(0, areas.convergence.stop))
+    log_snr = first.process.finite_log_snr
     curves: dict[Axes, list[Tensor]] = {density: [], weight: [], product: []}
     handles = []
     for index, (name, tables) in enumerate(strategies.items()):
@@ -70,10 +90,15 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
             curves[axes].append(values)
             if tables.settings.tau != areas.convergence.start:
                 axes.axvline(tables.settings.tau, color=look["color"], linestyle=":", linewidth=1)
+        over_noise.plot(log_snr, density_over_log_snr(tables), **look)
         handles.append(Line2D([], [], label=f"{name}   (mean weight {mean_weight(tables):.3g})", **look))
     density.set(ylabel="density / uniform")
     weight.set(ylabel="loss weight")
     product.set(ylabel="density x weight", xlabel="timestep (0: least noise)")
+    # Much noise on the right, as above.
+    over_noise.set(ylabel="p(log SNR)", xlabel="log SNR", xlim=(float(log_snr.max()), float(log_snr.min())))
+    over_noise.set_ylim(bottom=0)
+    over_noise.grid(color="0.9", linewidth=0.8)
     for axes, drawn_values in curves.items():
         _scale(axes, torch.cat(drawn_values))
     shade_areas(panels, areas)

@@ -13,7 +13,7 @@ from ..strategy import REGISTRIES
 from ..tables import SpeeDTables
 from ..timesteps import DENSITIES, UNIFORM
 from ..weightings import WEIGHTINGS
-from .strategy_plot import area_shares, mean_weight, relative_density
+from .strategy_plot import area_shares, log_snr_moments, mean_weight, relative_density
 from .training_cost import BYTES_A_PARAMETER, TrainingCost, gpu_named
 
 # A plus before a digit is a number's, as in 1e+3.
@@ -121,6 +121,8 @@ def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> 
         tau = "" if tables.settings.tau == areas.convergence.start else f"  (tau {tables.settings.tau})"
         density = relative_density(tables)
         lines.append(name + tau + ("  (loss-aware; shown as it begins)" if _learns(name) else ""))
+        mean, deviation = log_snr_moments(tables)
+        lines.append(f"  log SNR of the draws: mean {mean:.2f}, standard deviation {deviation:.2f}")
         lines.append(_row("  density/uniform", density, steps, width))
         lines.append(_row("  weight", tables.weights, steps, width))
         lines.append(_row("  density x weight", density * tables.weights, steps, width))

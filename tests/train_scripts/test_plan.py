@@ -18,6 +18,8 @@ from speed_diffusers.presets import PRESETS
 from speed_diffusers.reports.strategy_plot import (
     area_shares,
     axis_range,
+    density_over_log_snr,
+    log_snr_moments,
     mean_weight,
     relative_density,
     save_strategy_plot,
@@ -128,6 +130,16 @@ def test_the_default_plans_the_quickstart(tmp_path: Path, capsys: pytest.Capture
     printed = plan([], tmp_path, capsys)
     assert "9,000 images x 2 moments of 4x8x8" in printed
     assert row(printed, "paper") and row(printed, "uniform")
+
+
+def test_a_density_over_log_snr_is_the_same_on_every_schedule() -> None:
+    for schedule in ("linear", "cosine"):
+        (tables,) = strategy_tables(SCHEDULERS[schedule](), ["gaussian:mean=-1,std=1+none"]).values()
+        density = density_over_log_snr(tables)
+        log_snr = tables.process.finite_log_snr
+        bell = torch.exp(-0.5 * (log_snr + 1).square()) / (2 * torch.pi) ** 0.5
+        torch.testing.assert_close(density, bell, rtol=0, atol=2e-3)
+        assert log_snr_moments(tables) == pytest.approx((-1, 1), abs=0.01)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULERS)
