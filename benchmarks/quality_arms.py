@@ -11,15 +11,28 @@ Options = dict[str, Any]
 class Setting:
     """What is trained on, and how it is scored.
 
+    "{data}" in a text stands for the folder of the setting's data.
+
     Attributes:
         options: Options of the training script that all arms share.
         num_images: Generated images per score.
         num_inference_steps: DDIM steps, without guidance.
+        held_out: Options of `open_images` for the images of the validation loss.
+        extractor: What the images are seen with.
+        reference: What they are held against.
+        made_by: What makes the data: for each file that it leaves, a script in train_scripts and its options;
+            "{package}" stands for what the user has downloaded.
+        package: How that is downloaded.
     """
 
     options: Options
     num_images: int = 1000
     num_inference_steps: int = 25
+    held_out: Options = field(default_factory=lambda: {"dataset_name": "embedded", "split": "test"})
+    extractor: str = "fashion_mnist"
+    reference: str = "embedded"
+    made_by: dict[str, list[str]] = field(default_factory=dict)
+    package: str | None = None
 
 
 # Constant rate, no warm-up and an EMA of fixed length, so that every step of a run is the end of a shorter one.
@@ -37,6 +50,45 @@ SETTINGS = {
             "num_inference_steps": 25,
             "logging_steps": 50,
         }
+    ),
+    # A colour set of another kind, seen with features that somebody else trained: nothing is tuned on it.
+    "emoji": Setting(
+        {
+            "config": "quickstart/fashion_mnist",
+            "dataset_name": None,
+            "train_data_dir": "{data}/train.parquet",
+            "pretrained_vae_model_name_or_path": "{data}/vae",
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "ema_decay": 0.995,
+            "num_score_images": None,
+            "report_to": [],
+            "checkpointing_steps": 250,
+            "num_validation_images": 8,
+            "num_inference_steps": 25,
+            "logging_steps": 50,
+        },
+        held_out={"train_data_dir": "{data}/test.parquet", "split": "test"},
+        extractor="efflite0",
+        reference="{data}/reference/reference_features.safetensors",
+        made_by={
+            "test.parquet": ["assets/make_emoji_dataset.py", "package_dir={package}", "output_dir={data}"],
+            "vae/config.json": [
+                "assets/train_vae.py",
+                "train_data_dir={data}/train.parquet",
+                "validation_data_dir={data}/test.parquet",
+                "output_dir={data}/vae",
+            ],
+            "reference/reference_features.safetensors": [
+                "make_reference_statistics.py",
+                "train_data_dir={data}/train.parquet",
+                "validation_data_dir={data}/test.parquet",
+                "vae={data}/vae",
+                "feature_extractor=efflite0",
+                "output_dir={data}/reference",
+            ],
+        },
+        package="npm install emoji-datasource-google@16.0.0, then package=node_modules/emoji-datasource-google",
     ),
 }
 

@@ -31,7 +31,8 @@ def arms_of(curves: Sequence[Curve]) -> list[str]:
 
 def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:
     values = [curve.points[step][score] for curve in curves if curve.arm == arm and step in curve.points]
-    return f"{np.mean(values):.2f}" if values else ""
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.2f}" if known else ""
 
 
 def distances(curves: Sequence[Curve]) -> str:

@@ -38,6 +38,7 @@ from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import write_text
+from speed_diffusers.metrics import load_extractor, load_reference
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.training.parts import make_scheduler
 from speed_diffusers.training.run_folder import METRICS_FILE, SAMPLES_FILE, load_run_config
@@ -64,7 +65,8 @@ class QualityConfig(Options):
         "runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.", path=True
     )
     results_dir: str = option(str(RESULTS), "Where the JSON of each run goes.", path=True)
-    settings: list[str] = option(list(SETTINGS), "Settings to run.", choices=SETTINGS)
+    settings: list[str] = option(["quickstart"], "Settings to run.", choices=SETTINGS)
+    package: str | None = option(None, "What a setting's data are made of, where they must be downloaded.", path=True)
     arms: list[str] = option([], "Arms to run; empty: all.", choices=ARMS)
     seeds: list[int] = option([], "Seeds to run; empty: those of each arm.")
     commit: str | None = option(None, "What to train with; None: that of the work folder, at first HEAD.")
@@ -117,6 +119,8 @@ def run_queue(config: QualityConfig, work_dir: Path) -> None:
     except Timeout:
         raise InputError(f"work_dir={work_dir}: a queue runs there already.") from None
     source = exported_commit(config.commit, work_dir)
+    for name in config.settings:
+        make_data(name, source, work_dir, config.package)
     results_dir = Path(config.results_dir).resolve()
     waiting = [job for job in wanted(config) if not result_path(job, results_dir).exists()]
     running: dict[Job, subprocess.Popen[bytes]] = {}
@@ -185,6 +189,37 @@ def exported_commit(commit: str | None, work_dir: Path) -> Path:
     return source
 
 
+def filled(value: Any, **words: object) -> Any:
+    """A text, or the texts in a list or dict, with words in braces replaced."""
+    if isinstance(value, str):
+        return value.format(**words)
+    if isinstance(value, list):
+        return [filled(item, **words) for item in value]
+    return {key: filled(item, **words) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def data_dir(setting: str, work_dir: Path) -> Path:
+    """The folder of a setting's data."""
+    return work_dir / "data" / setting
+
+
+def make_data(setting: str, source: Path, work_dir: Path, package: str | None) -> None:
+    """Makes what is missing of a setting's data.
+
+    Raises:
+        InputError: It is made of something that has not been downloaded.
+    """
+    folder = data_dir(setting, work_dir)
+    for name, command in SETTINGS[setting].made_by.items():
+        if (folder / name).exists():
+            continue
+        if package is None and any("{package}" in word for word in command):
+            raise InputError(f"settings={setting}: first {SETTINGS[setting].package}")
+        script, *words = filled(command, data=folder, package=package)
+        environment = {**os.environ, "PYTHONPATH": str(source)}
+        subprocess.run([sys.executable, source / "train_scripts" / script, *words], check=True, env=environment)
+
+
 def start(job: Job, config: QualityConfig, source: Path, work_dir: Path) -> subprocess.Popen[bytes]:
     """Starts the process of one run, in a process group of its own."""
     log = work_dir / "logs" / f"{job}.log"
@@ -239,15 +274,20 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         arm = replace(arm, steps=steps, measured_at=(*(step for step in arm.measured_at if step < steps), steps))
     folder = run_dir(job, work_dir)
     options = {**setting.options, **arm.options, "seed": job.seed, "max_train_steps": arm.steps}
-    trained_run(folder, **options, cache_dir=work_dir / "cache")
-    points = [measured(folder, step, setting) for step in arm.measured_at]
+    place = data_dir(job.setting, work_dir)
+    trained_run(folder, **filled(options, data=place), cache_dir=work_dir / "cache")
+    points = [measured(folder, step, setting, place) for step in arm.measured_at]
     result = {
         "setting": job.setting,
         "arm": job.arm,
         "seed": job.seed,
         "commit": (work_dir / "commit").read_text().strip(),
-        "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
-        "protocol": {"num_images": setting.num_images, "num_inference_steps": setting.num_inference_steps},
+        "options": options,
+        "protocol": {
+            "num_images": setting.num_images,
+            "num_inference_steps": setting.num_inference_steps,
+            "feature_extractor": setting.extractor,
+        },
         "curve": points,
         "environment": {
             "processor": processor(),
@@ -266,7 +306,7 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def measured(folder: Path, step: int, setting: Setting) -> dict[str, Any]:
+def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str, Any]:
     """The scores and the validation loss of a run at one of its checkpoints; computed once."""
     kept = folder / "points" / f"{step}.json"
     if kept.exists():
@@ -277,10 +317,15 @@ def measured(folder: Path, step: int, setting: Setting) -> dict[str, Any]:
     put_weights(pipeline, folder / f"checkpoint-{step}", "ema")
     score = score_pipeline(
         pipeline,
-        ScoreSettings(num_images=setting.num_images, num_inference_steps=setting.num_inference_steps),
+        ScoreSettings(
+            num_images=setting.num_images,
+            num_inference_steps=setting.num_inference_steps,
+            extractor=load_extractor(setting.extractor),
+            reference=load_reference(filled(setting.reference, data=data)),
+        ),
         description=f"Step {step}",
     )
-    held_out = open_images(dataset_name=config.dataset_name, split="test")
+    held_out = open_images(**filled(setting.held_out, data=data))
     images = ValidationSet.encode(
         held_out, pipeline.vae, resolution=config.resolution, center_crop=True, num_images=VALIDATION_IMAGES
     )
@@ -290,7 +335,7 @@ def measured(folder: Path, step: int, setting: Setting) -> dict[str, Any]:
         "step": step,
         "images": step * config.train_batch_size * config.gradient_accumulation_steps,
         "seconds": round(times[step], 1),
-        **{name: score.values[name] for name in SCORES},
+        **{name: score.values.get(name) for name in SCORES},
         "validation_loss": loss.mean,
         "error_by_log_snr": {f"{level:g}": error for level, error in loss.by_log_snr.items()},
     }

@@ -18,6 +18,7 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR, main
 from speed_diffusers.training.config import TrainConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = (250, 500, 1000, 2000, 3000)
 
 
@@ -66,6 +67,7 @@ def test_every_arm_is_a_training(name: str) -> None:
     arm = ARMS[name]
     for setting in SETTINGS.values():
         options = {**setting.options, **arm.options, "max_train_steps": arm.steps, "output_dir": "out"}
+        options = steps_to_quality.filled(options, data="folder")
         config = load_config(TrainConfig, [f"{key}={value}" for key, value in options.items()], SCRIPT_DIR)
         assert config.checkpointing_steps is not None and config.lr_scheduler == "constant"
         assert all(step % config.checkpointing_steps == 0 for step in arm.measured_at)
@@ -83,6 +85,30 @@ def test_the_order_of_the_runs() -> None:
     for text in (None, "quickstart/nothing-0", "quickstart/fast", "other/fast-0"):
         with pytest.raises(InputError, match="must be SETTING/ARM-SEED"):
             steps_to_quality._job(text)
+
+
+def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def pretend(command: list[object], *, check: bool, env: dict[str, str]) -> None:
+        assert check and env["PYTHONPATH"] == str(ROOT)
+        ran.append([str(word) for word in command[1:]])
+        made = list(SETTINGS["emoji"].made_by)[len(ran) - 1]
+        path = steps_to_quality.data_dir("emoji", tmp_path) / made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(steps_to_quality.subprocess, "run", pretend)
+    with pytest.raises(InputError, match="settings=emoji: first npm install emoji-datasource-google"):
+        steps_to_quality.make_data("emoji", ROOT, tmp_path, None)
+    for _ in range(2):
+        steps_to_quality.make_data("emoji", ROOT, tmp_path, "node_modules/emoji")
+    assert len(ran) == 3 and all(Path(command[0]).is_file() for command in ran)
+    assert "package_dir=node_modules/emoji" in ran[0] and f"output_dir={tmp_path / 'data' / 'emoji' / 'vae'}" in ran[1]
+    steps_to_quality.make_data("quickstart", ROOT, tmp_path, None)
+    assert len(ran) == 3
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
