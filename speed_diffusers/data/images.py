@@ -124,6 +124,7 @@ def open_images(
     cache_dir: str | None = None,
     revision: str | None = None,
     max_train_samples: int | None = None,
+    first_rows: bool = False,
 ) -> ImageSource:
     """Opens a set of training images; give exactly one of `dataset_name` and `train_data_dir`.
 
@@ -140,6 +141,7 @@ def open_images(
         cache_dir: Where `datasets` keeps its copies; None for its own default.
         revision: Branch, tag or commit of the Hub data set.
         max_train_samples: Use so many rows only: a random share, the same in every run, in the order of the data.
+        first_rows: Take the first ones instead, as version 0.1 did.
 
     Raises:
         InputError: For every mistake a user can mend, in one line: unknown or gated data set, unreachable Hub,
@@ -151,13 +153,21 @@ def open_images(
     if train_data_dir is not None or dataset_name == EMBEDDED:
         path = EMBEDDED_IMAGES.parent if train_data_dir is None else Path(train_data_dir).expanduser()
         local = load_local(path, split=split, label_column=label_column, cache_dir=cache_dir)
-        source = from_dataset(local.dataset, image_column, label_column, max_train_samples=max_train_samples)
+        source = from_dataset(
+            local.dataset,
+            image_column,
+            label_column,
+            max_train_samples=max_train_samples,
+            first_rows=first_rows,
+        )
         return source if train_data_dir is None else replace(source, ignored=local.ignored)
     assert dataset_name is not None
     if split is None:
         raise InputError(f"'{dataset_name}' is on the Hub: say which split.")
     dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)
-    return from_dataset(dataset, image_column, label_column, max_train_samples=max_train_samples)
+    return from_dataset(
+        dataset, image_column, label_column, max_train_samples=max_train_samples, first_rows=first_rows
+    )
 
 
 def from_dataset(
@@ -166,6 +176,7 @@ def from_dataset(
     label_column: str | None = "label",
     *,
     max_train_samples: int | None = None,
+    first_rows: bool = False,
 ) -> ImageSource:
     """Checks a `datasets.Dataset` of one's own and makes an `ImageSource` of it. See `open_images`."""
     if max_train_samples is not None and max_train_samples < 1:
@@ -173,7 +184,7 @@ def from_dataset(
     if len(dataset) == 0:
         raise InputError("The data set has no rows.")
     dataset = dataset.with_format(None)
-    rows = _share(len(dataset), max_train_samples)
+    rows = _share(len(dataset), max_train_samples, first_rows)
     if label_column is None:
         labels, names = np.zeros(len(dataset), dtype=np.int64), None
     else:
@@ -196,10 +207,12 @@ def from_dataset(
     return source
 
 
-def _share(num_rows: int, limit: int | None) -> npt.NDArray[np.int64] | range:
+def _share(num_rows: int, limit: int | None, first: bool) -> npt.NDArray[np.int64] | range:
     """Ascending row numbers: all, or `limit` at random. The first ones of sorted data would be of one class."""
     if limit is None or limit >= num_rows:
         return range(num_rows)
+    if first:
+        return range(limit)
     shuffled = np.random.default_rng(keyed_seed(0, "max_train_samples", 0)).permutation(num_rows)
     return np.sort(shuffled[:limit])
 

@@ -29,8 +29,12 @@ from .run_folder import LOGGING_FOLDER
 from .tracking import tracker_names
 
 
-def open_data(config: TrainConfig) -> ImageSource:
+def open_data(config: TrainConfig, *, first_rows: bool = False) -> ImageSource:
     """The images to train on.
+
+    Args:
+        config: Options of the run.
+        first_rows: Of `max_train_samples`, as version 0.1 took them.
 
     Raises:
         InputError: There are none, or they cannot be read.
@@ -45,7 +49,26 @@ def open_data(config: TrainConfig) -> ImageSource:
         cache_dir=config.cache_dir,
         revision=config.dataset_revision,
         max_train_samples=config.max_train_samples,
+        first_rows=first_rows,
     )
+
+
+def open_resumed_data(config: TrainConfig, checkpoint: Path | None) -> ImageSource:
+    """The images to train on: of `max_train_samples` those that a checkpoint was trained on, if it was on either.
+
+    A run of version 0.1 took the first rows, and goes on with them.
+
+    Raises:
+        InputError: There are none, or they cannot be read.
+    """
+    source = open_data(config)
+    if checkpoint is None or config.max_train_samples is None:
+        return source
+    saved = read_state(checkpoint)["data_signature"]
+    if source.signature(saved) == saved:
+        return source
+    first = open_data(config, first_rows=True)
+    return first if first.signature(saved) == saved else source
 
 
 def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | None:

@@ -35,8 +35,8 @@ from .parts import (
     make_learned_variance,
     make_model,
     make_scheduler,
-    open_data,
     open_held_out,
+    open_resumed_data,
     set_learning_rate,
 )
 from .ranks import Ranks
@@ -62,7 +62,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     scheduler = make_scheduler(config)
     make_learned_variance(config, scheduler, torch.device("cpu"))
     checkpoint = check_output_dir(config)
-    source = open_data(config)
+    source = open_resumed_data(config, checkpoint)
     held_out = open_held_out(config, source)
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     core = make_model(config, source.num_classes, vae)

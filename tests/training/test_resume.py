@@ -17,6 +17,7 @@ from run_outputs import (
     run_folder,
     tensorboard_scalars,
 )
+from speed_diffusers.data import images
 from speed_diffusers.data.batch_sampler import BatchLayout, BatchOrder
 from speed_diffusers.errors import InputError
 from speed_diffusers.metrics.score_record import load_score
@@ -179,3 +180,24 @@ def test_compiled_and_plain_runs_take_over_each_others_checkpoints(
     for run in (compiled, resumed):
         assert_same_checkpoint(whole, run, 12)
         assert (run / "pipeline" / "model_index.json").exists()
+
+
+def test_a_run_on_the_first_rows_goes_on_with_them(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["max_train_samples=16"]
+    with monkeypatch.context() as patch:  # as version 0.1 took them
+        patch.setattr(images, "_share", lambda num_rows, limit, first: range(limit))
+        whole = train(tmp_path / "whole", *options)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for step in (10, 12):
+        shutil.rmtree(broken / f"checkpoint-{step}")
+    shutil.rmtree(broken / "pipeline")
+    train(broken, *options, "resume_from_checkpoint=latest")
+    assert_same_run(whole, broken, 12)
+    shutil.rmtree(broken / "checkpoint-12")
+    train(broken, *options, "resume_from_checkpoint=latest")
+    assert_same_checkpoint(whole, broken, 12)
+    with pytest.raises(InputError, match="data signature"):
+        train(broken, "max_train_samples=15", "resume_from_checkpoint=latest")
