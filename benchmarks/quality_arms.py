@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from speed_diffusers.presets import PRESETS
+
 Options = dict[str, Any]
 
 
@@ -36,37 +38,28 @@ class Setting:
 
 
 # Constant rate, no warm-up and an EMA of fixed length, so that every step of a run is the end of a shorter one.
+SHARED: Options = {
+    "config": "quickstart/fashion_mnist",
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "ema_decay": 0.995,
+    "num_score_images": None,
+    "report_to": [],
+    "checkpointing_steps": 250,
+    "num_validation_images": 4,
+    "num_inference_steps": 25,
+    "logging_steps": 50,
+}
+
 SETTINGS = {
-    "quickstart": Setting(
-        {
-            "config": "quickstart/fashion_mnist",
-            "lr_scheduler": "constant",
-            "lr_warmup_steps": 0,
-            "ema_decay": 0.995,
-            "num_score_images": None,
-            "report_to": [],
-            "checkpointing_steps": 250,
-            "num_validation_images": 4,
-            "num_inference_steps": 25,
-            "logging_steps": 50,
-        }
-    ),
+    "quickstart": Setting(SHARED),
     # A colour set of another kind, seen with features that somebody else trained: nothing is tuned on it.
     "emoji": Setting(
         {
-            "config": "quickstart/fashion_mnist",
+            **SHARED,
             "dataset_name": None,
             "train_data_dir": "{data}/train.parquet",
             "pretrained_vae_model_name_or_path": "{data}/vae",
-            "lr_scheduler": "constant",
-            "lr_warmup_steps": 0,
-            "ema_decay": 0.995,
-            "num_score_images": None,
-            "report_to": [],
-            "checkpointing_steps": 250,
-            "num_validation_images": 8,
-            "num_inference_steps": 25,
-            "logging_steps": 50,
         },
         held_out={"train_data_dir": "{data}/test.parquet", "split": "test"},
         extractor="efflite0",
@@ -110,28 +103,17 @@ class Arm:
     seeds: tuple[int, ...] = (0, 1)
 
 
+PRESET_ARMS = ("uniform", "paper", "official", "seed", "sampling_only", "weighting_only", "fast")
 DENSITIES: dict[str, Options] = {
-    "uniform": {"speed_sampling": "uniform", "speed_weighting": "none"},
-    "paper": {},
-    "official": {
-        "speed_sampling": "asymmetric",
-        "speed_weighting": "official",
-        "speed_tau": 700,
-        "speed_draw": "paired",
+    **{name: {key: value for key, value in PRESETS[name].items() if value is not None} for name in PRESET_ARMS},
+    **{name: {"speed_sampling": "uniform", "speed_weighting": name} for name in ("min_snr", "soft_min_snr", "p2")},
+    **{
+        name: {"speed_sampling": name, "speed_weighting": "none"}
+        for name in ("logit_normal", "laplace", "infonoise", "two_phase")
     },
-    "seed_code": {"speed_sampling": "t_sample", "speed_weighting": "p2:k=1,gamma=1", "speed_draw": "paired"},
-    "sampling_only": {"speed_weighting": "none"},
-    "weighting_only": {"speed_sampling": "uniform"},
-    "min_snr": {"speed_sampling": "uniform", "speed_weighting": "min_snr"},
-    "soft_min_snr": {"speed_sampling": "uniform", "speed_weighting": "soft_min_snr"},
-    "p2": {"speed_sampling": "uniform", "speed_weighting": "p2"},
-    "logit_normal": {"speed_sampling": "logit_normal", "speed_weighting": "none"},
-    "laplace": {"speed_sampling": "laplace", "speed_weighting": "none"},
-    "infonoise": {"speed_sampling": "infonoise", "speed_weighting": "none"},
-    "two_phase": {"speed_sampling": "two_phase", "speed_weighting": "none"},
     "gaussian": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none"},
-    "stratified": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none", "speed_draw": "stratified"},
 }
+"""What is drawn and weighed: presets, and rivals by their names in the registries."""
 
 TARGETS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 
@@ -170,16 +152,16 @@ def _arms() -> dict[str, Arm]:
     fast = {"init": "unit", "muon": 6e-3, "rate": 3e-3}
     # The five that the claims stand on.
     grid.add("uniform_epsilon", options("uniform", "epsilon"), seeds=FIVE)
-    grid.add("fast", options("stratified", "v", **fast), seeds=FIVE, **SHORT)
+    grid.add("fast", options("fast", "v", **fast), seeds=FIVE, **SHORT)
     grid.add("uniform_epsilon_tuned", options("uniform", "epsilon", rate=4e-3), seeds=FIVE)
     grid.add("paper_v", options("paper", "v"), seeds=FIVE, **MIDDLE)
     grid.add("paper_epsilon", options("paper", "epsilon"), seeds=FIVE)
     # Each factor alone and together.
-    grid.add("fast_adamw", options("stratified", "v", init="unit", rate=4e-3), **SHORT)
+    grid.add("fast_adamw", options("fast", "v", init="unit", rate=4e-3), **SHORT)
     grid.add("uniform_v", options("uniform", "v"), **MIDDLE)
     grid.add("uniform_v_unit", options("uniform", "v", init="unit"), **SHORT)
     grid.add("paper_v_unit", options("paper", "v", init="unit"), **SHORT)
-    grid.add("stratified_v_unit", options("stratified", "v", init="unit"), **SHORT)
+    grid.add("fast_density_v_unit", options("fast", "v", init="unit"), **SHORT)
     grid.add("uniform_v_fast", options("uniform", "v", **fast), **SHORT)
     grid.add("paper_v_fast", options("paper", "v", **fast), **SHORT)
     grid.add("uniform_epsilon_unit", options("uniform", "epsilon", init="unit"))
@@ -192,7 +174,7 @@ def _arms() -> dict[str, Arm]:
     for rate in (0.5e-3, 2e-3, 8e-3):
         grid.add(f"uniform_epsilon_rate_{rate:g}", options("uniform", "epsilon", rate=rate), seeds=(0,))
     for rate in (1.5e-3, 3e-3, 12e-3):
-        chosen = options("stratified", "v", init="unit", muon=rate, rate=rate / 2)
+        chosen = options("fast", "v", init="unit", muon=rate, rate=rate / 2)
         grid.add(f"fast_rate_{rate:g}", chosen, seeds=(0,), **SHORT)
     # Every density at both targets, all else as DiT has it.
     for density in DENSITIES:

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from filelock import FileLock, Timeout
 from measurement import ROOT, processor
 from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
 from quality_report import write_report
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
@@ -51,6 +53,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "steps_to_quality"
 ACTIONS = ("run", "report", "status", "pause", "resume", "stop", "job")
 VALIDATION_IMAGES = 500
+SOURCE, STATE_FILE = "source-", "state.json"
 SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_agreement")
 
 
@@ -76,11 +79,16 @@ class QualityConfig(Options):
     job: str | None = option(None, "With action=job: the one run to make, SETTING/ARM-SEED.")
 
 
-def main() -> None:
-    """Does what `action` says."""
-    config = load_config(QualityConfig, sys.argv[1:], HERE)
+def main(argv: list[str]) -> None:
+    """Does what `action` says.
+
+    Raises:
+        InputError: Wrong options, no queue to speak to, or runs that failed.
+    """
+    config = load_config(QualityConfig, argv, HERE)
     work_dir = Path(config.work_dir).resolve()
     if config.action == "job":
+        yield_to_others()
         make(_job(config.job), config, work_dir)
     elif config.action == "run":
         run_queue(config, work_dir)
@@ -126,35 +134,34 @@ def run_queue(config: QualityConfig, work_dir: Path) -> None:
     running: dict[Job, subprocess.Popen[bytes]] = {}
     failed: list[Job] = []
 
-    def save_state() -> None:
-        state = {"pid": os.getpid(), "children": {str(job): child.pid for job, child in running.items()}}
-        write_text(work_dir / "state.json", json.dumps(state, indent=1))
-
     def stop(number: int, frame: object) -> None:
-        for child in running.values():
-            os.killpg(child.pid, signal.SIGCONT)
-            os.killpg(child.pid, signal.SIGTERM)
-        for child in running.values():
-            child.wait()
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    while waiting or running:
-        while waiting and len(running) < config.workers:
-            job = waiting.pop(0)
-            running[job] = start(job, config, source, work_dir)
-            save_state()
-        time.sleep(2)
-        for job, child in list(running.items()):
-            if child.poll() is not None:
-                del running[job]
-                if child.returncode:
-                    failed.append(job)
-                done = len(list(results_dir.glob("*/*.json")))
-                print(f"{job}: {'failed' if child.returncode else 'done'}; {done} done, {len(waiting)} waiting.")
-                sys.stdout.flush()
-        save_state()
+    try:
+        while waiting or running:
+            while waiting and len(running) < config.workers:
+                job = waiting.pop(0)
+                running[job] = start(job, config, source, work_dir)
+                children = {str(job): child.pid for job, child in running.items()}
+                write_text(work_dir / STATE_FILE, json.dumps({"pid": os.getpid(), "children": children}, indent=1))
+            time.sleep(2)
+            for job, child in list(running.items()):
+                if child.poll() is not None:
+                    del running[job]
+                    if child.returncode:
+                        failed.append(job)
+                    word = "failed" if child.returncode else "done"
+                    print(f"{job}: {word}; {len(waiting)} waiting, {len(failed)} failed.", flush=True)
+    finally:
+        # Whatever ends the queue: no run goes on that nobody could pause any more.
+        for child in running.values():
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGCONT)
+                os.killpg(child.pid, signal.SIGTERM)
+        for child in running.values():
+            child.wait()
     if failed:
         raise InputError(
             f"{len(failed)} run(s) failed; their logs are in {work_dir / 'logs'}: {', '.join(map(str, failed))}."
@@ -177,7 +184,7 @@ def exported_commit(commit: str | None, work_dir: Path) -> Path:
     if found.returncode:
         raise InputError(f"commit={commit}: not in the history of {ROOT}.")
     name = found.stdout.strip()
-    source = work_dir / f"source-{name}"
+    source = work_dir / f"{SOURCE}{name}"
     if not source.exists():
         temporary = source.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -227,6 +234,7 @@ def start(job: Job, config: QualityConfig, source: Path, work_dir: Path) -> subp
     command = ["nice", "-n", "19", sys.executable, str(source / "benchmarks" / Path(__file__).name), "action=job"]
     command += [f"job={job}", f"work_dir={work_dir}", f"results_dir={Path(config.results_dir).resolve()}"]
     command += [f"max_train_steps={config.max_train_steps}", f"num_images={config.num_images}"]
+    command += [f"commit={source.name.removeprefix(SOURCE)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -235,12 +243,24 @@ def start(job: Job, config: QualityConfig, source: Path, work_dir: Path) -> subp
 
 
 def _signal(work_dir: Path, action: str) -> None:
-    state = json.loads((work_dir / "state.json").read_text())
+    state_file, lock = work_dir / STATE_FILE, FileLock(work_dir / "lock")
+    with suppress(Timeout):
+        if not state_file.exists() or lock.acquire(timeout=0):
+            lock.release()
+            raise InputError(f"action={action}: no queue runs in work_dir={work_dir}.")
+    state = json.loads(state_file.read_text())
     if action == "stop":
         os.kill(state["pid"], signal.SIGTERM)
         return
     for pid in state["children"].values():
-        os.killpg(pid, signal.SIGSTOP if action == "pause" else signal.SIGCONT)
+        with suppress(ProcessLookupError):  # done since
+            os.killpg(pid, signal.SIGSTOP if action == "pause" else signal.SIGCONT)
+
+
+def yield_to_others() -> None:
+    """Puts the session of this process behind all others: Linux weighs sessions, and niceness only within each."""
+    if (group := Path("/proc/self/autogroup")).exists():
+        group.write_text("19")
 
 
 def status(config: QualityConfig, work_dir: Path) -> str:
@@ -263,9 +283,6 @@ def run_dir(job: Job, work_dir: Path) -> Path:
 
 def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
     """Trains one run, scores it at every step that its arm is measured at, and writes its result."""
-    if (group := Path("/proc/self/autogroup")).exists():
-        # Linux weighs whole sessions against each other: by itself the niceness of one process counts within its own.
-        group.write_text("19")
     setting, arm = SETTINGS[job.setting], ARMS[job.arm]
     if config.num_images is not None:
         setting = replace(setting, num_images=config.num_images)
@@ -281,7 +298,7 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         "setting": job.setting,
         "arm": job.arm,
         "seed": job.seed,
-        "commit": (work_dir / "commit").read_text().strip(),
+        "commit": config.commit,
         "options": options,
         "protocol": {
             "num_images": setting.num_images,
@@ -345,4 +362,4 @@ def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str,
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, QualityConfig)

@@ -29,7 +29,7 @@ CONDITIONING_INITS = ("dit", "unit")
 
 DIT_EMBEDDER_STD = 0.02
 
-SILU_POWER = 0.355775
+SILU_POWER = 0.3557755
 """E[silu(x)^2] for standard normal x, by quadrature."""
 
 FUSED, FUSED_GAIN = (".to_q", ".to_k", ".to_v"), 2**-0.5

@@ -42,8 +42,7 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "weighting_only": {"speed_sampling": "uniform", "speed_weighting": "change_aware"},
         # The paper's, but tau at 700 of 1,000 timesteps whatever the noise is there: right on DiT's schedule only.
         "fixed_tau": {"speed_sampling": "asymmetric", "speed_weighting": "change_aware", "speed_tau": 0.7},
-        # What learned fastest of all that was tried, with velocity prediction (docs/strategies.md): log SNR is normal
-        # around -1, one draw from each stratum, no weights. Not of the paper.
+        # Of config=quickstart/fast: log SNR is normal around -1, stratified draws, no weights. Not of the paper.
         "fast": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none", "speed_draw": "stratified"},
     }
 )

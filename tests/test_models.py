@@ -272,3 +272,18 @@ def test_more_than_1000_classes() -> None:
         assert torch.equal(
             exported(sample, timestep=timesteps, class_labels=rows).sample, model(sample, timesteps, rows)
         )
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_unit_embedders_make_a_conditioning_of_size_1_at_any_width(heads: int) -> None:
+    config = dit_config("DiT-tiny/2", sample_size=4, in_channels=4, out_channels=4, num_classes=10)
+    config |= {"num_layers": 1, "num_attention_heads": heads, "attention_head_dim": 64}
+    sizes = {}
+    for kind in ("dit", "unit"):
+        model = build_dit(config, torch.Generator().manual_seed(0), conditioning_init=kind)
+        timesteps, rows = torch.arange(0, 1000, 10), torch.arange(100) % 10
+        conditioning = model.embedder(timesteps, rows, hidden_dtype=torch.float32)
+        sizes[kind] = float(conditioning.detach().square().mean().sqrt())
+    assert sizes["unit"] == pytest.approx(1.0, abs=0.08) and sizes["dit"] < 0.06
+    with pytest.raises(InputError, match="Unknown conditioning_init 'units'. Did you mean 'unit'"):
+        build_dit(config, torch.Generator(), conditioning_init="units")

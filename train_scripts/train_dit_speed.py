@@ -80,8 +80,7 @@ def train(run: TrainingRun, stop: StopRequest) -> int | None:
             log.write(step)
         stopped_by = stop.look(run, step.done)
         with log.paused():
-            is_due = config.checkpointing_steps and step.done % config.checkpointing_steps == 0
-            if stopped_by or step.is_last or is_due:
+            if stopped_by or config.saves_at(step.done):
                 log.stop_if_not_finite()
                 save_state(run, step.done, log.state_dict())
             if stopped_by:

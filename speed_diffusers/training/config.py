@@ -264,6 +264,11 @@ class TrainConfig(_WithSpeeD):
                 f"num_train_timesteps={self.num_train_timesteps}."
             )
 
+    def saves_at(self, step: int) -> bool:
+        """Whether a run that nothing stops saves its state after an optimizer step, counted from 1."""
+        every = self.checkpointing_steps
+        return step == self.max_train_steps or (every is not None and step % every == 0)
+
     @property
     def speed(self) -> dict[str, Any]:
         """The options of SpeeD, as keywords of a scheduler."""

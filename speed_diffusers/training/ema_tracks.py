@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import save_tensors, written_whole
+from .ema import ExponentialMovingAverage
 
 SNAPSHOTS_FOLDER = "ema_snapshots"
 LONGEST = 0.28
@@ -51,44 +52,42 @@ class EmaTracks:
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[float]) -> None:
-        self.powers = {length: power_of(length) for length in lengths}
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [parameter for _, parameter in model.named_parameters()]
-        self._averages = {
-            length: [parameter.detach().float().clone() for parameter in self._parameters] for length in lengths
-        }
+        self._powers = {length: power_of(length) for length in lengths}
+        self._averages = {length: ExponentialMovingAverage(model, 0.0) for length in lengths}
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the parameters after an optimizer step, counted from 1; the first replaces what was there."""
-        current = [parameter.float() for parameter in self._parameters]
-        for length, averages in self._averages.items():
-            decay = (1.0 - 1.0 / step) ** (self.powers[length] + 1.0)
-            torch._foreach_lerp_(averages, current, 1.0 - decay)
+        for length, average in self._averages.items():
+            average.decay = (1.0 - 1.0 / step) ** (self._powers[length] + 1.0)
+            average.update()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by "LENGTH/NAME"; the live tensors, not copies."""
         return {
-            f"{length:g}/{name}": average
-            for length, averages in self._averages.items()
-            for name, average in zip(self._names, averages, strict=True)
+            f"{length:g}/{name}": value
+            for length, average in self._averages.items()
+            for name, value in average.state_dict().items()
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies averages in.
 
         Raises:
             InputError: The state is of other lengths or of another model.
         """
-        mine = self.state_dict()
-        if state.keys() != mine.keys():
+        if state.keys() != self.state_dict().keys():
             lengths = sorted({name.partition("/")[0] for name in state})
             raise InputError(
                 f"ema_tracks={','.join(f'{length:g}' for length in self._averages)}: saved are {lengths}."
             )
-        for name, average in mine.items():
-            average.copy_(state[name])
+        for length, average in self._averages.items():
+            average.load_state_dict(_track(state, length))
+
+
+def _track(state: Mapping[str, Tensor], length: float) -> dict[str, Tensor]:
+    """The averages of one length, by the parameters' names."""
+    prefix = f"{length:g}/"
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def save_snapshot(folder: Path, step: int, tracks: Mapping[str, Tensor]) -> None:
@@ -157,11 +156,12 @@ def ema_of_length(folder: Path, length: float, step: int | None = None) -> dict[
         rcond=None,
     )[0]
     total: dict[str, Tensor] = {}
-    for (_, each, path), share in zip(sources, shares / shares.sum(), strict=True):
-        for name, value in load_file(path).items():
-            track, _, parameter = name.partition("/")
-            if float(track) == each:
-                total[parameter] = total.get(parameter, torch.zeros(())) + float(share) * value.float()
+    share_of = {(path, each): share for (_, each, path), share in zip(sources, shares / shares.sum(), strict=True)}
+    for path in used.values():
+        state = load_file(path)
+        for each in (each for where, each in share_of if where == path):
+            for name, value in _track(state, each).items():
+                total[name] = total.get(name, torch.zeros(())) + float(share_of[path, each]) * value.float()
     return total
 
 

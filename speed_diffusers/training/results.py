@@ -164,8 +164,8 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
         tracks=tracks,
     )
     if run.accelerator.is_main_process:
-        due = step == run.config.max_train_steps or step % (run.config.checkpointing_steps or step + 1) == 0
-        if tracks is not None and due:  # a stop elsewhere must not change what is made of the snapshots
+        # A stop elsewhere must not change what is made of the snapshots.
+        if tracks is not None and run.config.saves_at(step):
             save_snapshot(run.output_dir, step, tracks)
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
     run.ranks.meet()

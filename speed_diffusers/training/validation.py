@@ -3,8 +3,6 @@
 A training loss is not: it follows from the density of timesteps, the weights and the prediction type.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,10 +96,8 @@ def validation_loss(
     *,
     device: torch.device,
     batch_size: int = 100,
-    levels: Sequence[float] = LOG_SNR_LEVELS,
-    advance: Callable[[], object] = lambda: None,
 ) -> ValidationLoss:
-    """The errors of a network on held-out images with the same noise each time.
+    """The errors of a network on held-out images with the same noise each time, with a progress bar.
 
     Args:
         model: The network; its first C channels are the prediction.
@@ -109,8 +105,6 @@ def validation_loss(
         images: Held-out images.
         device: Where the network is.
         batch_size: Images at a time; it changes nothing but rounding.
-        levels: Log SNR of each level.
-        advance: Called after each batch.
     """
     process = ForwardProcess.from_scheduler(scheduler)
     kind = FLOW_PREDICTION if is_rectified_flow(scheduler) else str(scheduler.config.prediction_type)
@@ -118,28 +112,29 @@ def validation_loss(
     # Squared error of v over that of epsilon is 1 / a^2 = (1 + SNR) / SNR, whatever the schedule's own scale.
     to_velocity = epsilon_error_ratio(process, kind) * (1.0 + snr) / snr
     table = getattr(scheduler, "training_timesteps", torch.arange(process.num_train_timesteps))
+    batches = [slice(begin, begin + batch_size) for begin in range(0, len(images.latents), batch_size)]
     errors = {}
-    for level in levels:
-        index = int((process.finite_log_snr - level).abs().argmin())
-        noise = torch.randn(images.latents.shape, generator=keyed_generator(0, f"validation {level:g}", 0))
-        total = 0.0
-        for begin in range(0, len(images.latents), batch_size):
-            part = slice(begin, begin + batch_size)
-            clean, eps = images.latents[part].to(device), noise[part].to(device)
-            rows = drop_labels(images.labels[part], torch.zeros(len(clean), dtype=torch.bool)).to(device)
-            timesteps = table[index].to(device).expand(len(clean))
-            prediction = model(scheduler.add_noise(clean, eps, timesteps), timesteps, rows)[:, : clean.shape[1]]
-            target = prediction_target(scheduler, clean, eps, timesteps)
-            total += float((prediction.float() - target.float()).square().mean((1, 2, 3)).double().sum())
-            advance()
-        errors[level] = total / len(images.latents) * float(to_velocity[index])
+    with tqdm(total=len(LOG_SNR_LEVELS) * len(batches), desc="Validation loss", unit="batch", leave=False) as progress:
+        for level in LOG_SNR_LEVELS:
+            index = int((process.finite_log_snr - level).abs().argmin())
+            noise = torch.randn(images.latents.shape, generator=keyed_generator(0, f"validation {level:g}", 0))
+            total = 0.0
+            for part in batches:
+                clean, eps = images.latents[part].to(device), noise[part].to(device)
+                rows = drop_labels(images.labels[part], torch.zeros(len(clean), dtype=torch.bool)).to(device)
+                timesteps = table[index].to(device).expand(len(clean))
+                prediction = model(scheduler.add_noise(clean, eps, timesteps), timesteps, rows)[:, : clean.shape[1]]
+                target = prediction_target(scheduler, clean, eps, timesteps)
+                total += float((prediction.float() - target.float()).square().mean((1, 2, 3)).double().sum())
+                progress.update()
+            errors[level] = total / len(images.latents) * float(to_velocity[index])
     return ValidationLoss(errors)
 
 
 def pipeline_validation_loss(
     pipeline: DiTPipeline, scheduler: TrainingScheduler, images: ValidationSet, *, batch_size: int = 100
 ) -> ValidationLoss:
-    """`validation_loss` of a pipeline's network, with a progress bar.
+    """`validation_loss` of a pipeline's network.
 
     Args:
         pipeline: Its transformer is measured on its own device.
@@ -152,13 +147,4 @@ def pipeline_validation_loss(
         output: Tensor = pipeline.transformer(sample, timestep=timestep, class_labels=class_rows, return_dict=False)[0]
         return output
 
-    batches = len(LOG_SNR_LEVELS) * math.ceil(len(images.latents) / batch_size)
-    with tqdm(total=batches, desc="Validation loss", unit="batch", leave=False) as progress:
-        return validation_loss(
-            network,
-            scheduler,
-            images,
-            device=pipeline.transformer.device,
-            batch_size=batch_size,
-            advance=progress.update,
-        )
+    return validation_loss(network, scheduler, images, device=pipeline.transformer.device, batch_size=batch_size)

@@ -1,7 +1,10 @@
 """The comparison by steps: its estimator on curves that are known, its arms, and one run from training to table."""
 
+import errno
 import json
 import math
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +114,38 @@ def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
     assert len(ran) == 3
 
 
+def test_there_must_be_a_queue_to_speak_to(tmp_path: Path) -> None:
+    for state in (None, {"pid": 2**22 + 1, "children": {}}):  # of a queue that has ended
+        if state is not None:
+            (tmp_path / "state.json").write_text(json.dumps(state))
+        for action in ("pause", "resume", "stop"):
+            with pytest.raises(InputError, match=f"action={action}: no queue runs in work_dir="):
+                steps_to_quality.main([f"action={action}", f"work_dir={tmp_path}"])
+
+
+def test_what_ends_a_queue_ends_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def started(*_: object) -> subprocess.Popen[bytes]:
+        children.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        return children[-1]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(steps_to_quality, "exported_commit", lambda *_: ROOT)
+    monkeypatch.setattr(steps_to_quality, "start", started)
+    monkeypatch.setattr(steps_to_quality, "write_text", full)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            steps_to_quality.main([f"work_dir={tmp_path}", f"results_dir={tmp_path}", "arms=fast"])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [child.returncode for child in children] == [-signal.SIGTERM]
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_becomes_a_result_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: object
@@ -131,8 +166,7 @@ def test_a_run_becomes_a_result_and_a_report(
         return folder
 
     monkeypatch.setattr(steps_to_quality, "trained_run", in_this_process)
-    (tmp_path / "commit").write_text("0123456789ab\n")
-    config = steps_to_quality.QualityConfig(results_dir=str(tmp_path / "results"))
+    config = steps_to_quality.QualityConfig(results_dir=str(tmp_path / "results"), commit="0123456789ab")
     for arm in ("uniform_epsilon", "fast"):
         steps_to_quality.make(Job("quickstart", arm, 0), config, tmp_path)
     result = json.loads((tmp_path / "results" / "quickstart" / "fast-0.json").read_text())

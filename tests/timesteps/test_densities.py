@@ -251,6 +251,11 @@ def test_sd3s_named_setting_is_its_logit_normal() -> None:
         torch.testing.assert_close(_over_log_snr(name)[1], _over_log_snr(other)[1], rtol=1e-9, atol=0)
 
 
+def test_a_named_setting_must_be_one() -> None:
+    with pytest.raises(InputError, match="Unknown setting of the timestep density .*'edm3'. Did you mean 'edm"):
+        DENSITIES.parse("gaussian:edm3")
+
+
 def test_a_share_of_laplace_is_uniform() -> None:
     process = process_named("linear")
     settings = settings_of(process)
