@@ -95,12 +95,14 @@ class Arm:
         steps: Optimizer steps of its runs.
         measured_at: Steps at which it is scored.
         seeds: Its seeds.
+        curve: Of runs that are measured at their end alone: the arm under which runs of other lengths share a curve.
     """
 
     options: Options
     steps: int = 3000
     measured_at: tuple[int, ...] = (500, 750, 1000, 1500, 2250, 3000)
     seeds: tuple[int, ...] = (0, 1)
+    curve: str | None = None
 
 
 PRESET_ARMS = ("uniform", "paper", "official", "seed", "sampling_only", "weighting_only", "fast")
@@ -121,6 +123,9 @@ TARGETS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 SHORT: dict[str, Any] = {"steps": 1500, "measured_at": (250, 500, 750, 1000, 1500)}
 MIDDLE: dict[str, Any] = {"steps": 2000, "measured_at": (250, 500, 750, 1000, 1500, 2000)}
 FIVE = (0, 1, 2, 3, 4)
+# A rate that falls to zero, and an average fitted to the length of the run, as in the quickstart: every length is a
+# run of its own.
+COSINE: Options = {"lr_scheduler": "cosine", "lr_warmup_steps": 50, "ema_decay": None}
 
 
 def options(density: str, target: str, *, init: str = "dit", muon: float | None = None, rate: float = 1e-3) -> Options:
@@ -176,6 +181,38 @@ def _arms() -> dict[str, Arm]:
     for rate in (1.5e-3, 3e-3, 12e-3):
         chosen = options("fast", "v", init="unit", muon=rate, rate=rate / 2)
         grid.add(f"fast_rate_{rate:g}", chosen, seeds=(0,), **SHORT)
+    # With a cosine schedule.
+    cosine = {
+        "uniform_epsilon": (options("uniform", "epsilon"), (1000, 3000)),
+        "uniform_epsilon_tuned": (options("uniform", "epsilon", rate=4e-3), (1000, 3000)),
+        "paper_v": (options("paper", "v", rate=4e-3), (500, 1000, 1500)),
+        "fast_adamw": (options("fast", "v", init="unit", rate=4e-3), (500, 750, 1000)),
+        "fast": (options("fast", "v", **fast), (300, 400, 500, 600, 750, 1000)),
+    }
+    for name, (chosen, lengths) in cosine.items():
+        for steps in lengths:
+            family = f"{name}_cosine"
+            added = {"steps": steps, "measured_at": (steps,), "seeds": (0, 1, 2), "curve": family}
+            grid.add(f"{family}_{steps}", chosen | COSINE, **added)
+    # What else could make the recipe faster, one thing at a time.
+    recipe = options("fast", "v", **fast)
+    trials: dict[str, Options] = {
+        "ema_0.99": {"ema_decay": 0.99},
+        "beta2_0.95": {"adam_beta2": 0.95},
+        "beta2_0.99": {"adam_beta2": 0.99},
+        "momentum_0.9": {"muon_momentum": 0.9},
+        "mean_0": {"speed_sampling": "gaussian:mean=0"},
+        "std_1.5": {"speed_sampling": "gaussian:mean=-1,std=1.5"},
+        "infonoise": {"speed_sampling": "infonoise"},
+        "min_snr": {"speed_weighting": "soft_min_snr"},
+        "adamw_rate_6e-3": {"learning_rate": 6e-3},
+    }
+    for name, change in trials.items():
+        grid.add(f"fast_{name}", recipe | change, seeds=(0,), **SHORT)
+    # And the baseline, where it could gain from the same.
+    for name in ("ema_0.99", "beta2_0.99"):
+        chosen = options("uniform", "epsilon", rate=4e-3) | trials[name]
+        grid.add(f"uniform_epsilon_tuned_{name}", chosen, seeds=(0,))
     # Every density at both targets, all else as DiT has it.
     for density in DENSITIES:
         for target in ("epsilon", "v"):
@@ -201,18 +238,20 @@ class Job:
 
 
 def jobs(settings: list[str], arms: list[str], seeds: list[int]) -> Iterator[Job]:
-    """The runs in their order: first seeds of all arms in the order of `ARMS`, then second ones, and so on.
+    """The runs in their order.
+
+    First those that the claims stand on, the seeds in turn, so that what compares two of them has the same seeds of
+    both; then the first seeds of all others, and so on.
 
     Args:
         settings: Names of settings.
         arms: Names of arms; empty: all.
         seeds: Seeds; empty: all.
     """
-    rounds = range(1 + max(max(arm.seeds) for arm in ARMS.values()))
     main = [name for name, arm in ARMS.items() if arm.seeds == FIVE]
-    # The arms of the claims go first in each round; what compares two arms needs the same seeds of both.
-    for setting in settings:
-        for seed in rounds:
-            for name in [*main, *(name for name in ARMS if name not in main)]:
-                if seed in ARMS[name].seeds and (not arms or name in arms) and (not seeds or seed in seeds):
-                    yield Job(setting, name, seed)
+    for group in (main, [name for name in ARMS if name not in main]):
+        for seed in FIVE:
+            for setting in settings:
+                for name in group:
+                    if seed in ARMS[name].seeds and (not arms or name in arms) and (not seeds or seed in seeds):
+                        yield Job(setting, name, seed)

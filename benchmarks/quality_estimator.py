@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quality_arms import ARMS
+
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the baseline's run: the qualities that an arm must reach."""
 
@@ -41,13 +43,15 @@ class Curve:
 
 
 def load_curves(folder: Path) -> list[Curve]:
-    """All results of a setting."""
-    curves = []
+    """All results of a setting; runs of several lengths that share a curve are one."""
+    curves: dict[tuple[str, int], Curve] = {}
     for path in sorted(folder.glob("*-*.json")):
         document = json.loads(path.read_text())
         points = {int(point["step"]): point for point in document["curve"]}
-        curves.append(Curve(document["arm"], int(document["seed"]), points, document))
-    return curves
+        arm = ARMS[document["arm"]].curve or document["arm"]
+        curve = curves.setdefault((arm, int(document["seed"])), Curve(arm, int(document["seed"]), {}, document))
+        curve.points.update(points)
+    return list(curves.values())
 
 
 def steps_to(curve: Curve, quality: float, score: str = "frechet_distance") -> float:

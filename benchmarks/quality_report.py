@@ -24,9 +24,9 @@ def write_report(folder: Path) -> str:
 
 
 def arms_of(curves: Sequence[Curve]) -> list[str]:
-    """The arms that have results, in their order."""
+    """The arms that have results, and the curves that arms share, in their order."""
     found = {curve.arm for curve in curves}
-    return [name for name in ARMS if name in found]
+    return [name for name in dict.fromkeys(arm.curve or name for name, arm in ARMS.items()) if name in found]
 
 
 def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:

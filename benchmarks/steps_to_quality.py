@@ -5,9 +5,13 @@
     python benchmarks/steps_to_quality.py work_dir=~/quality action=status
     python benchmarks/steps_to_quality.py work_dir=~/quality action=pause      # and action=resume, action=stop
 
-Runs go on two at a time, one thread each, at the lowest priority, and survive any stop: started again, the queue
-resumes them through the trainer's own checkpoints and repeats nothing that is done. All are trained and scored by one
-commit, exported to the work folder. Each leaves one JSON in steps_to_quality/SETTING/ARM-SEED.json.
+Runs go on two at a time (`workers`), one thread each, at the lowest priority, and survive any stop: started again,
+the queue resumes them through the trainer's own checkpoints and repeats nothing that is done. All are trained and
+scored by one commit, exported to the work folder. Each leaves one JSON in steps_to_quality/SETTING/ARM-SEED.json.
+
+On a GPU the same command trains there. Networks this small leave most of it idle, so many workers share it, best
+through NVIDIA's multi-process service; `max_seconds` fits the queue into the time that there is. A work folder in
+which the commit and the data lie needs neither git nor a network: `action=prepare` makes it where they are.
 
 All arms of a seed begin with the same weights (of another size where their initialisation differs), and see the same
 images, noise and label drops; their samples begin with the same noise. Which arms and settings there are:
@@ -22,14 +26,19 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from measurement import ROOT, processor
 from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
@@ -40,20 +49,22 @@ from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import write_text
-from speed_diffusers.metrics import load_extractor, load_reference
+from speed_diffusers.metrics import FeatureExtractor, Reference, load_extractor, load_reference
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
+from speed_diffusers.train_scripts import train_dit_speed
 from speed_diffusers.training.parts import make_scheduler
 from speed_diffusers.training.run_folder import METRICS_FILE, SAMPLES_FILE, load_run_config
 from speed_diffusers.training.snapshots import pipeline_of_config, put_weights
 from speed_diffusers.training.tracking import read_metrics
 from speed_diffusers.training.validation import ValidationSet, pipeline_validation_loss
-from training_runs import trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "steps_to_quality"
-ACTIONS = ("run", "report", "status", "pause", "resume", "stop", "job")
+ACTIONS = ("run", "prepare", "report", "status", "pause", "resume", "stop", "job", "work")
 VALIDATION_IMAGES = 500
 SOURCE, STATE_FILE = "source-", "state.json"
+CLAIMS = "claims"
+PASSED_ON = ("max_train_steps", "num_images", "max_seconds")
 SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_agreement")
 
 
@@ -62,7 +73,10 @@ class QualityConfig(Options):
     """Options of this benchmark."""
 
     action: str = option(
-        "run", "run; report: tables and pictures; status, pause, resume, stop: of a queue that runs.", choices=ACTIONS
+        "run",
+        "run; prepare: export the commit and make the data only; report: tables and pictures; status, pause, resume, "
+        "stop: of a queue that runs; job, work: what the queue starts.",
+        choices=ACTIONS,
     )
     work_dir: str = option(
         "runs/steps_to_quality", "Where runs, their checkpoints and the exported commit lie.", path=True
@@ -74,6 +88,9 @@ class QualityConfig(Options):
     seeds: list[int] = option([], "Seeds to run; empty: those of each arm.")
     commit: str | None = option(None, "What to train with; None: that of the work folder, at first HEAD.")
     workers: int = option(2, "Runs at a time, one thread each.", interval="[1, inf)")
+    max_seconds: float | None = option(
+        None, "A worker begins no run that would end later than so long after the queue's start.", interval="(0, inf)"
+    )
     max_train_steps: int | None = option(None, "Cuts every run to so many steps, for a look.", interval="[1, inf)")
     num_images: int | None = option(None, "Generated images per score, for a look.", interval="[2, inf)")
     job: str | None = option(None, "With action=job: the one run to make, SETTING/ARM-SEED.")
@@ -90,6 +107,14 @@ def main(argv: list[str]) -> None:
     if config.action == "job":
         yield_to_others()
         make(_job(config.job), config, work_dir)
+    elif config.action == "work":
+        yield_to_others()
+        work(config, work_dir)
+    elif config.action == "prepare":
+        work_dir.mkdir(parents=True, exist_ok=True)
+        source = exported_commit(config.commit, work_dir)
+        for name in config.settings:
+            make_data(name, source, work_dir, config.package)
     elif config.action == "run":
         run_queue(config, work_dir)
     elif config.action == "report":
@@ -130,9 +155,10 @@ def run_queue(config: QualityConfig, work_dir: Path) -> None:
     for name in config.settings:
         make_data(name, source, work_dir, config.package)
     results_dir = Path(config.results_dir).resolve()
-    waiting = [job for job in wanted(config) if not result_path(job, results_dir).exists()]
-    running: dict[Job, subprocess.Popen[bytes]] = {}
-    failed: list[Job] = []
+    every = wanted(config)
+    for failure in (work_dir / CLAIMS).rglob("*.failed"):
+        failure.unlink()  # tried again
+    workers: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: object) -> None:
         sys.exit(128 + number)
@@ -140,32 +166,67 @@ def run_queue(config: QualityConfig, work_dir: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        while waiting or running:
-            while waiting and len(running) < config.workers:
-                job = waiting.pop(0)
-                running[job] = start(job, config, source, work_dir)
-                children = {str(job): child.pid for job, child in running.items()}
-                write_text(work_dir / STATE_FILE, json.dumps({"pid": os.getpid(), "children": children}, indent=1))
-            time.sleep(2)
-            for job, child in list(running.items()):
-                if child.poll() is not None:
-                    del running[job]
-                    if child.returncode:
-                        failed.append(job)
-                    word = "failed" if child.returncode else "done"
-                    print(f"{job}: {word}; {len(waiting)} waiting, {len(failed)} failed.", flush=True)
+        for index in range(config.workers):
+            workers.append(start(index, config, source, work_dir))
+            children = [worker.pid for worker in workers]
+            write_text(work_dir / STATE_FILE, json.dumps({"pid": os.getpid(), "children": children}, indent=1))
+        with tqdm(total=len(every), unit="run") as progress:
+            while True:
+                # Asked first, so that what the last worker has left is counted.
+                running = [worker for worker in workers if worker.poll() is None]
+                progress.update(sum(result_path(job, results_dir).exists() for job in every) - progress.n)
+                if not running:
+                    break
+                time.sleep(2)
     finally:
         # Whatever ends the queue: no run goes on that nobody could pause any more.
-        for child in running.values():
+        for worker in workers:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGCONT)
-                os.killpg(child.pid, signal.SIGTERM)
-        for child in running.values():
-            child.wait()
+                os.killpg(worker.pid, signal.SIGCONT)
+                os.killpg(worker.pid, signal.SIGTERM)
+        for worker in workers:
+            worker.wait()
+    if failed := sum(worker.returncode != 0 for worker in workers):
+        raise InputError(f"{failed} worker(s) failed; their logs are in {work_dir / 'logs'}.")
+
+
+def work(config: QualityConfig, work_dir: Path) -> None:
+    """Makes runs that nobody has begun, one after the other, until none is left that fits into the time.
+
+    Raises:
+        InputError: Some runs failed; all others have been tried.
+    """
+    began, pace = time.monotonic(), None
+    failed = []
+    for job in wanted(config):
+        if result_path(job, Path(config.results_dir)).exists():
+            continue
+        # Until the queue has been through a run it does not know how long one takes.
+        needed = ARMS[job.arm].steps * pace if pace is not None else 0.0
+        if config.max_seconds is not None and time.monotonic() - began + needed > config.max_seconds:
+            continue
+        claim = work_dir / CLAIMS / f"{job}.lock"
+        failure = claim.with_suffix(".failed")
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(claim)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        try:
+            if not result_path(job, Path(config.results_dir)).exists() and not failure.exists():
+                started = time.monotonic()
+                make(job, config, work_dir)
+                pace = (time.monotonic() - started) / ARMS[job.arm].steps
+                print(f"{job}: done in {time.monotonic() - started:.0f} s.", flush=True)
+        except Exception:  # one run that fails must not keep the others from being made
+            traceback.print_exc()
+            failure.touch()
+            failed.append(job)
+        finally:
+            lock.release()
     if failed:
-        raise InputError(
-            f"{len(failed)} run(s) failed; their logs are in {work_dir / 'logs'}: {', '.join(map(str, failed))}."
-        )
+        raise InputError(f"{len(failed)} run(s) failed: {', '.join(map(str, failed))}.")
 
 
 def wanted(config: QualityConfig) -> list[Job]:
@@ -178,6 +239,8 @@ def exported_commit(commit: str | None, work_dir: Path) -> Path:
     kept = work_dir / "commit"
     if commit is None and kept.exists():
         commit = kept.read_text().strip()
+    if commit is not None and (source := work_dir / f"{SOURCE}{commit}").exists():
+        return source
     found = subprocess.run(
         ["git", "rev-parse", "--short=12", commit or "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -191,6 +254,9 @@ def exported_commit(commit: str | None, work_dir: Path) -> Path:
         temporary.mkdir()
         archive = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=True).stdout
         subprocess.run(["tar", "-x", "-C", temporary], input=archive, check=True)
+        # What an installation puts into the package, so that the folder needs none and no other commit is mixed in.
+        for folder in ("pipelines", "train_scripts"):
+            (temporary / "speed_diffusers" / folder).symlink_to(Path("..") / folder)
         temporary.rename(source)
     write_text(kept, name + "\n")
     return source
@@ -223,23 +289,28 @@ def make_data(setting: str, source: Path, work_dir: Path, package: str | None) -
         if package is None and any("{package}" in word for word in command):
             raise InputError(f"settings={setting}: first {SETTINGS[setting].package}")
         script, *words = filled(command, data=folder, package=package)
-        environment = {**os.environ, "PYTHONPATH": str(source)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_paths(source))}
         subprocess.run([sys.executable, source / "train_scripts" / script, *words], check=True, env=environment)
 
 
-def start(job: Job, config: QualityConfig, source: Path, work_dir: Path) -> subprocess.Popen[bytes]:
-    """Starts the process of one run, in a process group of its own."""
-    log = work_dir / "logs" / f"{job}.log"
+def start(index: int, config: QualityConfig, source: Path, work_dir: Path) -> subprocess.Popen[bytes]:
+    """Starts a worker, in a process group of its own."""
+    log = work_dir / "logs" / f"worker-{index}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = ["nice", "-n", "19", sys.executable, str(source / "benchmarks" / Path(__file__).name), "action=job"]
-    command += [f"job={job}", f"work_dir={work_dir}", f"results_dir={Path(config.results_dir).resolve()}"]
-    command += [f"max_train_steps={config.max_train_steps}", f"num_images={config.num_images}"]
+    command = ["nice", "-n", "19", sys.executable, str(source / "benchmarks" / Path(__file__).name), "action=work"]
+    command += [f"work_dir={work_dir}", f"results_dir={Path(config.results_dir).resolve()}"]
+    command += [f"{name}={getattr(config, name)}" for name in PASSED_ON]
+    command += [f"{name}=[{','.join(map(str, getattr(config, name)))}]" for name in ("settings", "arms", "seeds")]
     command += [f"commit={source.name.removeprefix(SOURCE)}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_paths(source))}
     with log.open("ab") as file:
         return subprocess.Popen(
             command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
+
+
+def _paths(source: Path) -> list[str]:
+    return [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def _signal(work_dir: Path, action: str) -> None:
@@ -252,7 +323,7 @@ def _signal(work_dir: Path, action: str) -> None:
     if action == "stop":
         os.kill(state["pid"], signal.SIGTERM)
         return
-    for pid in state["children"].values():
+    for pid in state["children"]:
         with suppress(ProcessLookupError):  # done since
             os.killpg(pid, signal.SIGSTOP if action == "pause" else signal.SIGCONT)
 
@@ -292,7 +363,9 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
     folder = run_dir(job, work_dir)
     options = {**setting.options, **arm.options, "seed": job.seed, "max_train_steps": arm.steps}
     place = data_dir(job.setting, work_dir)
-    trained_run(folder, **filled(options, data=place), cache_dir=work_dir / "cache")
+    if not (folder / "pipeline").is_dir():
+        options_here = {**filled(options, data=place), "cache_dir": work_dir / "cache", "output_dir": folder}
+        train(options_here | {"resume_from_checkpoint": "latest"})
     points = [measured(folder, step, setting, place) for step in arm.measured_at]
     result = {
         "setting": job.setting,
@@ -308,6 +381,7 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         "curve": points,
         "environment": {
             "processor": processor(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers")},
@@ -323,6 +397,31 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
+def train(options: Mapping[str, object]) -> None:
+    """Trains a run in this process: on a fast device its imports would cost as much as its steps."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    train_dit_speed.main([f"{key}={value}" for key, value in options.items()])
+
+
+@cache
+def extractor_of(name: str) -> FeatureExtractor:
+    """A feature extractor, where the networks are."""
+    return load_extractor(name, device=device_of_networks())
+
+
+@cache
+def reference_of(name: str) -> Reference:
+    """A reference, loaded once a worker: what a metric keeps of it is kept with it."""
+    return load_reference(name)
+
+
+def device_of_networks() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str, Any]:
     """The scores and the validation loss of a run at one of its checkpoints; computed once."""
     kept = folder / "points" / f"{step}.json"
@@ -332,13 +431,14 @@ def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str,
     config = load_run_config(folder)
     pipeline = pipeline_of_config(folder)
     put_weights(pipeline, folder / f"checkpoint-{step}", "ema")
+    pipeline.to(device_of_networks())
     score = score_pipeline(
         pipeline,
         ScoreSettings(
             num_images=setting.num_images,
             num_inference_steps=setting.num_inference_steps,
-            extractor=load_extractor(setting.extractor),
-            reference=load_reference(filled(setting.reference, data=data)),
+            extractor=extractor_of(setting.extractor),
+            reference=reference_of(filled(setting.reference, data=data)),
         ),
         description=f"Step {step}",
     )

@@ -3,8 +3,10 @@
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,10 @@ import quality_arms
 import steps_to_quality
 from quality_arms import ARMS, FIVE, SETTINGS, Arm, Job, Setting, jobs
 from quality_estimator import Curve, bootstrap, load_curves, step_ratio, steps_to
-from quality_report import write_report
+from quality_report import arms_of, write_report
 from speed_diffusers.config.load import load_config
 from speed_diffusers.errors import InputError
-from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR, main
+from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
 from speed_diffusers.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,18 +74,32 @@ def test_every_arm_is_a_training(name: str) -> None:
         options = {**setting.options, **arm.options, "max_train_steps": arm.steps, "output_dir": "out"}
         options = steps_to_quality.filled(options, data="folder")
         config = load_config(TrainConfig, [f"{key}={value}" for key, value in options.items()], SCRIPT_DIR)
-        assert config.checkpointing_steps is not None and config.lr_scheduler == "constant"
-        assert all(step % config.checkpointing_steps == 0 for step in arm.measured_at)
+        # Any step of a constant rate is the end of a shorter run; with another, the last one alone is.
+        assert config.lr_scheduler == "constant" if arm.curve is None else arm.measured_at == (arm.steps,)
+        assert all(config.saves_at(step) for step in arm.measured_at)
         assert all(step % config.logging_steps == 0 for step in arm.measured_at)
     assert arm.measured_at[-1] == arm.steps
+
+
+def test_runs_of_several_lengths_are_one_curve(tmp_path: Path) -> None:
+    lengths = {name: arm.steps for name, arm in ARMS.items() if arm.curve == "fast_cosine"}
+    assert len(lengths) > 3
+    for name, steps in lengths.items():
+        result = {"arm": name, "seed": 2, "curve": [{"step": steps, "frechet_distance": 1000 / steps}]}
+        (tmp_path / f"{name}-2.json").write_text(json.dumps(result))
+    (curve,) = load_curves(tmp_path)
+    assert (curve.arm, curve.seed, sorted(curve.points)) == ("fast_cosine", 2, sorted(lengths.values()))
+    assert arms_of([curve]) == ["fast_cosine"]
 
 
 def test_the_order_of_the_runs() -> None:
     order = list(jobs(["quickstart"], [], []))
     assert len(order) == len(set(order)) == sum(len(arm.seeds) for arm in ARMS.values())
     main_arms = {name for name, arm in ARMS.items() if arm.seeds == FIVE}
-    assert {job.arm for job in order[: len(main_arms)]} == main_arms
-    assert [job.seed for job in order] == sorted(job.seed for job in order)
+    first, rest = order[: 5 * len(main_arms)], order[5 * len(main_arms) :]
+    assert {job.arm for job in first} == main_arms and not {job.arm for job in rest} & main_arms
+    for part in (first, rest):
+        assert [job.seed for job in part] == sorted(job.seed for job in part)
     assert [str(job) for job in jobs(["quickstart"], ["fast"], [2])] == ["quickstart/fast-2"]
     for text in (None, "quickstart/nothing-0", "quickstart/fast", "other/fast-0"):
         with pytest.raises(InputError, match="must be SETTING/ARM-SEED"):
@@ -96,7 +112,7 @@ def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
     ran: list[list[str]] = []
 
     def pretend(command: list[object], *, check: bool, env: dict[str, str]) -> None:
-        assert check and env["PYTHONPATH"] == str(ROOT)
+        assert check and env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
         ran.append([str(word) for word in command[1:]])
         made = list(SETTINGS["emoji"].made_by)[len(ran) - 1]
         path = steps_to_quality.data_dir("emoji", tmp_path) / made
@@ -115,7 +131,7 @@ def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
 
 
 def test_there_must_be_a_queue_to_speak_to(tmp_path: Path) -> None:
-    for state in (None, {"pid": 2**22 + 1, "children": {}}):  # of a queue that has ended
+    for state in (None, {"pid": 2**22 + 1, "children": []}):  # of a queue that has ended
         if state is not None:
             (tmp_path / "state.json").write_text(json.dumps(state))
         for action in ("pause", "resume", "stop"):
@@ -147,34 +163,29 @@ def test_what_ends_a_queue_ends_its_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_run_becomes_a_result_and_a_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: object
-) -> None:
+def test_a_run_becomes_a_result_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = SETTINGS["quickstart"].options | {"max_train_samples": 40, "checkpointing_steps": 2, "logging_steps": 2}
     quick |= {"train_batch_size": 4, "num_validation_images": 1, "num_inference_steps": 1}
     monkeypatch.setitem(SETTINGS, "quickstart", Setting(quick, num_images=10, num_inference_steps=1))
     for name in ("uniform_epsilon", "fast"):
         monkeypatch.setitem(ARMS, name, Arm(ARMS[name].options, 4, (2, 4), (0,)))
     monkeypatch.setattr(steps_to_quality, "VALIDATION_IMAGES", 4)
-    trained = []
-
-    def in_this_process(folder: Path, **settings: object) -> Path:
-        fresh_accelerate()  # type: ignore[operator]
-        trained.append(folder)
-        if not (folder / "pipeline").is_dir():
-            main([f"{key}={value}" for key, value in settings.items()] + [f"output_dir={folder}"])
-        return folder
-
-    monkeypatch.setattr(steps_to_quality, "trained_run", in_this_process)
-    config = steps_to_quality.QualityConfig(results_dir=str(tmp_path / "results"), commit="0123456789ab")
-    for arm in ("uniform_epsilon", "fast"):
-        steps_to_quality.make(Job("quickstart", arm, 0), config, tmp_path)
+    config = steps_to_quality.QualityConfig(
+        results_dir=str(tmp_path / "results"), commit="0123456789ab", arms=["uniform_epsilon", "fast"], seeds=[0]
+    )
+    broken = Arm(ARMS["paper_v"].options | {"speed_sampling": "nothing"}, 4, (4,), (0,))
+    monkeypatch.setitem(ARMS, "paper_v", broken)
+    with pytest.raises(InputError, match=r"1 run\(s\) failed: quickstart/paper_v-0"):
+        steps_to_quality.work(replace(config, arms=["uniform_epsilon", "paper_v", "fast"]), tmp_path)
+    steps_to_quality.work(replace(config, arms=["paper_v"]), tmp_path)  # another worker leaves it alone
+    assert (tmp_path / "claims/quickstart/paper_v-0.failed").exists()
     result = json.loads((tmp_path / "results" / "quickstart" / "fast-0.json").read_text())
     assert (result["arm"], result["seed"], result["commit"]) == ("fast", 0, "0123456789ab")
     assert [point["step"] for point in result["curve"]] == [2, 4]
     assert all(point["images"] == 4 * point["step"] and point["frechet_distance"] > 0 for point in result["curve"])
     assert str(tmp_path) not in json.dumps(result)
-    assert not list(trained[1].glob("checkpoint-*")) and (tmp_path / "pictures/quickstart/fast-0.png").exists()
+    run = steps_to_quality.run_dir(Job("quickstart", "fast", 0), tmp_path)
+    assert not list(run.glob("checkpoint-*")) and (tmp_path / "pictures/quickstart/fast-0.png").exists()
     # measured again, nothing is computed: the checkpoints are gone
     steps_to_quality.make(Job("quickstart", "fast", 0), config, tmp_path)
     assert json.loads((tmp_path / "results" / "quickstart" / "fast-0.json").read_text()) == result
