@@ -1,6 +1,6 @@
 """Which trainings are compared: the settings, the arms, and in which order their runs are made."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Setting:
         made_by: What makes the data: for each file that it leaves, a script in train_scripts and its options;
             "{package}" stands for what the user has downloaded.
         package: How that is downloaded.
+        arms: The arms that are run, with their seeds; None: all, each with its own.
     """
 
     options: Options
@@ -35,7 +36,11 @@ class Setting:
     reference: str = "embedded"
     made_by: dict[str, list[str]] = field(default_factory=dict)
     package: str | None = None
+    arms: Mapping[str, tuple[int, ...]] | None = None
 
+
+FIVE = (0, 1, 2, 3, 4)
+TWO = (0, 1)
 
 # Constant rate, no warm-up and an EMA of fixed length, so that every step of a run is the end of a shorter one.
 SHARED: Options = {
@@ -53,6 +58,21 @@ SHARED: Options = {
 
 SETTINGS = {
     "quickstart": Setting(SHARED),
+    # The same, with all training images. The embedded reference is that of all 10,000 test images.
+    "fashion_mnist_60k": Setting(
+        {**SHARED, "dataset_name": None, "train_data_dir": "{data}/train.parquet"},
+        made_by={
+            "train.parquet": [
+                "assets/make_embedded_dataset.py",
+                "idx_dir={package}",
+                "split=train",
+                "per_class=0",
+                "output={data}/train.parquet",
+            ],
+        },
+        package="apt-get install dataset-fashion-mnist, then package=/usr/share/datasets/fashion-mnist",
+        arms=dict.fromkeys(("uniform_epsilon", "uniform_epsilon_tuned", "fast"), TWO),
+    ),
     # A colour set of another kind, seen with features that somebody else trained: nothing is tuned on it.
     "emoji": Setting(
         {
@@ -82,6 +102,12 @@ SETTINGS = {
             ],
         },
         package="npm install emoji-datasource-google@16.0.0, then package=node_modules/emoji-datasource-google",
+        # What the claims stand on, and each factor of the recipe alone and left out.
+        arms={
+            **dict.fromkeys(("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"), FIVE),
+            **dict.fromkeys(("uniform_v", "uniform_epsilon_unit", "uniform_v_unit", "paper_v"), TWO),
+            **dict.fromkeys(("fast_density_v_unit", "uniform_v_fast", "fast_adamw"), TWO),
+        },
     ),
 }
 
@@ -122,7 +148,6 @@ TARGETS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 # What is far faster than the baseline is where it is after its whole run long before that.
 SHORT: dict[str, Any] = {"steps": 1500, "measured_at": (250, 500, 750, 1000, 1500)}
 MIDDLE: dict[str, Any] = {"steps": 2000, "measured_at": (250, 500, 750, 1000, 1500, 2000)}
-FIVE = (0, 1, 2, 3, 4)
 # A rate that falls to zero, and an average fitted to the length of the run, as in the quickstart: every length is a
 # run of its own.
 COSINE: Options = {"lr_scheduler": "cosine", "lr_warmup_steps": 50, "ema_decay": None}
@@ -248,10 +273,18 @@ def jobs(settings: list[str], arms: list[str], seeds: list[int]) -> Iterator[Job
         arms: Names of arms; empty: all.
         seeds: Seeds; empty: all.
     """
-    main = [name for name, arm in ARMS.items() if arm.seeds == FIVE]
-    for group in (main, [name for name in ARMS if name not in main]):
+    for main in (True, False):
         for seed in FIVE:
             for setting in settings:
-                for name in group:
-                    if seed in ARMS[name].seeds and (not arms or name in arms) and (not seeds or seed in seeds):
+                its_seeds = seeds_of(setting)
+                most = max(map(len, its_seeds.values()))
+                for name, own in its_seeds.items():
+                    asked_for = (not arms or name in arms) and (not seeds or seed in seeds)
+                    if (len(own) == most) == main and seed in own and asked_for:
                         yield Job(setting, name, seed)
+
+
+def seeds_of(setting: str) -> dict[str, tuple[int, ...]]:
+    """The seeds of each arm that a setting runs, in the order of `ARMS`."""
+    own = SETTINGS[setting].arms
+    return {name: arm.seeds if own is None else own[name] for name, arm in ARMS.items() if own is None or name in own}

@@ -1,6 +1,7 @@
 """The comparison by steps: its estimator on curves that are known, its arms, and one run from training to table."""
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -19,7 +20,9 @@ from quality_arms import ARMS, FIVE, SETTINGS, Arm, Job, Setting, jobs
 from quality_estimator import Curve, bootstrap, load_curves, step_ratio, steps_to
 from quality_report import arms_of, write_report
 from speed_diffusers.config.load import load_config
+from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
+from speed_diffusers.metrics import load_reference
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
 from speed_diffusers.training.config import TrainConfig
 
@@ -106,6 +109,20 @@ def test_the_order_of_the_runs() -> None:
             steps_to_quality._job(text)
 
 
+def test_a_setting_names_the_arms_and_seeds_that_it_runs() -> None:
+    for setting, each in SETTINGS.items():
+        assert set(each.arms or ()) <= set(ARMS), f"{setting} names an arm that there is not"
+    small = list(jobs(["fashion_mnist_60k"], [], []))
+    assert {(job.arm, job.seed) for job in small} == {
+        (arm, seed) for arm in ("uniform_epsilon", "uniform_epsilon_tuned", "fast") for seed in (0, 1)
+    }
+    emoji = list(jobs(["emoji"], [], []))
+    main_arms = {"uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"}
+    assert {job.arm for job in emoji[:20]} == main_arms and {job.seed for job in emoji[20:]} == {0, 1}
+    assert len(emoji) == len(set(emoji)) == 20 + 2 * 7
+    assert list(jobs(["emoji"], ["paper_v"], [4])) == [], "paper_v has five seeds, but two on emoji"
+
+
 def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +145,22 @@ def test_the_data_of_a_setting_are_made_once_and_by_scripts_that_exist(
     assert "package_dir=node_modules/emoji" in ran[0] and f"output_dir={tmp_path / 'data' / 'emoji' / 'vae'}" in ran[1]
     steps_to_quality.make_data("quickstart", ROOT, tmp_path, None)
     assert len(ran) == 3
+
+
+def test_all_of_fashion_mnist_is_made_from_its_idx_files(tmp_path: Path) -> None:
+    names = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+    for name, values in zip(names, (np.arange(20 * 28 * 28).reshape(20, 28, 28), np.arange(20) % 10), strict=True):
+        header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        (tmp_path / name).write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+    with pytest.raises(InputError, match="settings=fashion_mnist_60k: first apt-get install dataset-fashion-mnist"):
+        steps_to_quality.make_data("fashion_mnist_60k", ROOT, tmp_path, None)
+    steps_to_quality.make_data("fashion_mnist_60k", ROOT, tmp_path, str(tmp_path))
+    setting = SETTINGS["fashion_mnist_60k"]
+    place = steps_to_quality.data_dir("fashion_mnist_60k", tmp_path)
+    options = steps_to_quality.filled(setting.options, data=place)
+    made = open_images(train_data_dir=options["train_data_dir"])
+    assert len(made) == 20 and [made.labels[row] for row in range(3)] == [0, 1, 2]
+    assert load_reference(setting.reference).statistics.count == 10_000
 
 
 def test_there_must_be_a_queue_to_speak_to(tmp_path: Path) -> None:
