@@ -107,6 +107,9 @@ SETTINGS = {
             **dict.fromkeys(("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"), FIVE),
             **dict.fromkeys(("uniform_v", "uniform_epsilon_unit", "uniform_v_unit", "paper_v"), TWO),
             **dict.fromkeys(("fast_density_v_unit", "uniform_v_fast", "fast_adamw"), TWO),
+            **dict.fromkeys(("uniform_epsilon_cosine_1000", "uniform_epsilon_tuned_cosine_1000"), (0,)),
+            **dict.fromkeys(("uniform_epsilon_cosine_3000", "uniform_epsilon_tuned_cosine_3000"), (0,)),
+            **dict.fromkeys(("fast_cosine_500", "fast_cosine_600", "fast_cosine_1000"), (0,)),
         },
     ),
 }

@@ -10,6 +10,7 @@ from quality_arms import ARMS
 from quality_estimator import SHARES, Curve, load_curves, step_ratio
 
 BASELINES = {"uniform_epsilon": "as published", "uniform_epsilon_tuned": "at its best rate"}
+COSINE = "_cosine"
 PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
 SHOWN_STEPS = (500, 1000, 1500, 3000)
 
@@ -17,7 +18,16 @@ SHOWN_STEPS = (500, 1000, 1500, 3000)
 def write_report(folder: Path) -> str:
     """Writes `table.md` and `curves.png` beside the results of a setting; returns the table."""
     curves = load_curves(folder)
-    table = "\n\n".join([distances(curves), *(ratios(curves, baseline) for baseline in BASELINES), harm(curves)])
+    is_cosine = [curve.arm.endswith(COSINE) for curve in curves]
+    constant = [curve for curve, other in zip(curves, is_cosine, strict=True) if not other]
+    cosine = [curve for curve, own in zip(curves, is_cosine, strict=True) if own]
+    parts = [distances(constant), *(ratios(constant, baseline, SHARES) for baseline in BASELINES)]
+    if cosine:
+        parts.append(lengths(cosine))
+        for baseline in BASELINES:
+            measured = sorted({step for curve in cosine if curve.arm == baseline + COSINE for step in curve.points})
+            parts.append(ratios(cosine, baseline + COSINE, [step / measured[-1] for step in measured]))
+    table = "\n\n".join([*filter(None, parts), harm(curves)])
     (folder / "table.md").write_text(table + "\n")
     plot(curves, folder / "curves.png")
     return table
@@ -50,21 +60,39 @@ def distances(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def ratios(curves: Sequence[Curve], baseline: str) -> str:
-    """How many times fewer steps each arm needs than a baseline."""
+def lengths(curves: Sequence[Curve]) -> str:
+    """Mean distance over the seeds at the end of runs of each length."""
+    steps = sorted({step for curve in curves for step in curve.points})
     lines = [
-        f"**Times fewer steps than `{baseline}`** ({BASELINES[baseline]}) to the distance that it has after a share "
-        "of its run: geometric mean over paired seeds, with a bootstrap's 95 % interval or, of fewer than four seeds, "
-        "each seed's.",
+        "**Fréchet distance at the end of runs with a cosine schedule**, by their length, mean over the seeds.",
         "",
-        "| arm | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
-        "|---|" + "---|" * len(SHARES),
+        "| arm | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
+        "|---|---|" + "---|" * len(steps),
     ]
     for arm in arms_of(curves):
-        found = [step_ratio(curves, arm, baseline, share) for share in SHARES]
-        if arm != baseline and None not in found:
-            lines.append(f"| {arm} | {' | '.join(map(str, found))} |")
+        seeds = sum(curve.arm == arm for curve in curves)
+        cells = [_mean(curves, arm, step, "frechet_distance") for step in steps]
+        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ratios(curves: Sequence[Curve], baseline: str, shares: Sequence[float]) -> str | None:
+    """How many times fewer steps each arm needs than a baseline; None where no arm can be held against it."""
+    last = max((max(curve.points) for curve in curves if curve.arm == baseline), default=0)
+    lines = [
+        f"**Times fewer steps than `{baseline}`** ({BASELINES[baseline.removesuffix(COSINE)]}) to the distance that "
+        f"it has after a share of {last:,} steps: geometric mean over paired seeds, with a bootstrap's 95 % interval "
+        "or, of fewer than four seeds, each seed's.",
+        "",
+        "| arm | " + " | ".join(f"{share:.0%}" for share in shares) + " |",
+        "|---|" + "---|" * len(shares),
+    ]
+    rows = []
+    for arm in arms_of(curves):
+        found = [step_ratio(curves, arm, baseline, share) for share in shares]
+        if arm != baseline and None not in found:
+            rows.append(f"| {arm} | {' | '.join(map(str, found))} |")
+    return "\n".join(lines + rows) if rows else None
 
 
 def harm(curves: Sequence[Curve]) -> str:

@@ -60,10 +60,11 @@ from speed_diffusers.training.validation import ValidationSet, pipeline_validati
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "steps_to_quality"
-ACTIONS = ("run", "prepare", "report", "status", "pause", "resume", "stop", "job", "work")
+ACTIONS = ("run", "prepare", "report", "status", "pause", "resume", "stop", "work")
 VALIDATION_IMAGES = 500
 SOURCE, STATE_FILE = "source-", "state.json"
 CLAIMS = "claims"
+LISTS = ("settings", "arms", "seeds", "runs")
 PASSED_ON = ("max_train_steps", "num_images", "max_seconds")
 SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "class_agreement")
 
@@ -75,7 +76,7 @@ class QualityConfig(Options):
     action: str = option(
         "run",
         "run; prepare: export the commit and make the data only; report: tables and pictures; status, pause, resume, "
-        "stop: of a queue that runs; job, work: what the queue starts.",
+        "stop: of a queue that runs; work: one worker, in this process.",
         choices=ACTIONS,
     )
     work_dir: str = option(
@@ -86,6 +87,7 @@ class QualityConfig(Options):
     package: str | None = option(None, "What a setting's data are made of, where they must be downloaded.", path=True)
     arms: list[str] = option([], "Arms to run; empty: all.", choices=ARMS)
     seeds: list[int] = option([], "Seeds to run; empty: those of each arm.")
+    runs: list[str] = option([], "Runs to make, in this order, each SETTING/ARM-SEED; instead of the three before.")
     commit: str | None = option(None, "What to train with; None: that of the work folder, at first HEAD.")
     workers: int = option(2, "Runs at a time, one thread each.", interval="[1, inf)")
     max_seconds: float | None = option(
@@ -93,7 +95,6 @@ class QualityConfig(Options):
     )
     max_train_steps: int | None = option(None, "Cuts every run to so many steps, for a look.", interval="[1, inf)")
     num_images: int | None = option(None, "Generated images per score, for a look.", interval="[2, inf)")
-    job: str | None = option(None, "With action=job: the one run to make, SETTING/ARM-SEED.")
 
 
 def main(argv: list[str]) -> None:
@@ -104,16 +105,13 @@ def main(argv: list[str]) -> None:
     """
     config = load_config(QualityConfig, argv, HERE)
     work_dir = Path(config.work_dir).resolve()
-    if config.action == "job":
-        yield_to_others()
-        make(_job(config.job), config, work_dir)
-    elif config.action == "work":
+    if config.action == "work":
         yield_to_others()
         work(config, work_dir)
     elif config.action == "prepare":
         work_dir.mkdir(parents=True, exist_ok=True)
         source = exported_commit(config.commit, work_dir)
-        for name in config.settings:
+        for name in dict.fromkeys(job.setting for job in wanted(config)):
             make_data(name, source, work_dir, config.package)
     elif config.action == "run":
         run_queue(config, work_dir)
@@ -126,11 +124,11 @@ def main(argv: list[str]) -> None:
         _signal(work_dir, config.action)
 
 
-def _job(text: str | None) -> Job:
-    setting, _, rest = (text or "").partition("/")
+def _job(text: str) -> Job:
+    setting, _, rest = text.partition("/")
     arm, _, seed = rest.rpartition("-")
     if setting not in SETTINGS or arm not in ARMS or not seed.isdigit():
-        raise InputError(f"job={text}: must be SETTING/ARM-SEED.")
+        raise InputError(f"runs={text}: must be SETTING/ARM-SEED.")
     return Job(setting, arm, int(seed))
 
 
@@ -152,7 +150,7 @@ def run_queue(config: QualityConfig, work_dir: Path) -> None:
     except Timeout:
         raise InputError(f"work_dir={work_dir}: a queue runs there already.") from None
     source = exported_commit(config.commit, work_dir)
-    for name in config.settings:
+    for name in dict.fromkeys(job.setting for job in wanted(config)):
         make_data(name, source, work_dir, config.package)
     results_dir = Path(config.results_dir).resolve()
     every = wanted(config)
@@ -231,7 +229,7 @@ def work(config: QualityConfig, work_dir: Path) -> None:
 
 def wanted(config: QualityConfig) -> list[Job]:
     """The runs that the options ask for, in their order."""
-    return list(jobs(config.settings, config.arms, config.seeds))
+    return [_job(text) for text in config.runs] or list(jobs(config.settings, config.arms, config.seeds))
 
 
 def exported_commit(commit: str | None, work_dir: Path) -> Path:
@@ -300,7 +298,7 @@ def start(index: int, config: QualityConfig, source: Path, work_dir: Path) -> su
     command = ["nice", "-n", "19", sys.executable, str(source / "benchmarks" / Path(__file__).name), "action=work"]
     command += [f"work_dir={work_dir}", f"results_dir={Path(config.results_dir).resolve()}"]
     command += [f"{name}={getattr(config, name)}" for name in PASSED_ON]
-    command += [f"{name}=[{','.join(map(str, getattr(config, name)))}]" for name in ("settings", "arms", "seeds")]
+    command += [f"{name}=[{','.join(map(str, getattr(config, name)))}]" for name in LISTS]
     command += [f"commit={source.name.removeprefix(SOURCE)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_paths(source))}
     with log.open("ab") as file:

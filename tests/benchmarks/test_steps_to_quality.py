@@ -104,7 +104,9 @@ def test_the_order_of_the_runs() -> None:
     for part in (first, rest):
         assert [job.seed for job in part] == sorted(job.seed for job in part)
     assert [str(job) for job in jobs(["quickstart"], ["fast"], [2])] == ["quickstart/fast-2"]
-    for text in (None, "quickstart/nothing-0", "quickstart/fast", "other/fast-0"):
+    config = steps_to_quality.QualityConfig(runs=["emoji/fast-3", "quickstart/fast-0"], arms=["paper_v"])
+    assert steps_to_quality.wanted(config) == [Job("emoji", "fast", 3), Job("quickstart", "fast", 0)]
+    for text in ("", "quickstart/nothing-0", "quickstart/fast", "other/fast-0"):
         with pytest.raises(InputError, match="must be SETTING/ARM-SEED"):
             steps_to_quality._job(text)
 
@@ -119,7 +121,7 @@ def test_a_setting_names_the_arms_and_seeds_that_it_runs() -> None:
     emoji = list(jobs(["emoji"], [], []))
     main_arms = {"uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"}
     assert {job.arm for job in emoji[:20]} == main_arms and {job.seed for job in emoji[20:]} == {0, 1}
-    assert len(emoji) == len(set(emoji)) == 20 + 2 * 7
+    assert len(emoji) == len(set(emoji)) == 20 + 2 * 7 + 7
     assert list(jobs(["emoji"], ["paper_v"], [4])) == [], "paper_v has five seeds, but two on emoji"
 
 
