@@ -91,6 +91,10 @@ SETTINGS = {
                 "train_data_dir={data}/train.parquet",
                 "validation_data_dir={data}/test.parquet",
                 "output_dir={data}/vae",
+                # A third of the default's images, which is 48 epochs of so few, in half batches: a quarter of an hour
+                # on one thread. Held-out images come back at 23.3 dB.
+                "max_train_steps=2400",
+                "train_batch_size=32",
             ],
             "reference/reference_features.safetensors": [
                 "make_reference_statistics.py",
