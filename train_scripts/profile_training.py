@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch._C._autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 
 from speed_diffusers.config.command_line import run_script
@@ -27,7 +25,7 @@ from speed_diffusers.config.schema import option
 from speed_diffusers.files import check_output_file
 from speed_diffusers.reports.training_cost import training_flops
 from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
-from speed_diffusers.training.profiling import OTHER, PARTS, OperationCounter
+from speed_diffusers.training.profiling import OTHER, PARTS, OperationCounter, part_times
 from speed_diffusers.training.results import describe_plan, save_state, validate
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import check_inputs, temporary_run
@@ -185,30 +183,6 @@ def _finished_at(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def part_times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean milliseconds per step of each part, on the host and in kernels on the device.
-
-    A kernel belongs to the part during which the host launched it, on whatever thread: autograd has its own for a GPU.
-
-    Args:
-        events: What the profiler recorded, whole steps.
-    """
-    host_events = [event for event in events if event.device_type == DeviceType.CPU]
-    steps = [event for event in host_events if event.name.startswith("ProfilerStep")]
-    parts = [event for event in host_events if event.name in PARTS]
-    host, on_device = dict.fromkeys((*PARTS, OTHER), 0.0), dict.fromkeys((*PARTS, OTHER), 0.0)
-    for event in parts:
-        host[event.name] += event.time_range.elapsed_us() / 1e3 / len(steps)
-    total = sum(event.time_range.elapsed_us() for event in steps) / 1e3 / len(steps)
-    host[OTHER] = total - sum(host.values())
-    for event in host_events:
-        if event.kernels and not event.is_user_annotation:
-            start = event.time_range.start
-            name = next((part.name for part in parts if part.time_range.start <= start <= part.time_range.end), OTHER)
-            on_device[name] += sum(kernel.duration for kernel in event.kernels) / 1e3 / len(steps)
-    return host, on_device
 
 
 def title(cost: StepCost, config: ProfileConfig) -> str:

@@ -140,9 +140,9 @@ def _following_value(setting: Setting, words: list[str], known: Mapping[str, Set
     if words and not words[0].startswith("--"):
         name, equals, _ = words[0].partition("=")
         # `--output_dir seed=1` has forgotten the folder; `--trackers a=b` has not, as long as a is no setting.
-        if not equals or (setting.item is not bool and name.replace("-", "_") not in known):
+        if not equals or (setting.item is not bool and not setting.is_share and name.replace("-", "_") not in known):
             return words.pop(0)
-    return "true" if setting.item is bool else None
+    return "true" if setting.item is bool or setting.is_share else None
 
 
 def _config_files(name: str, script_dir: Path) -> list[Path]:
@@ -222,7 +222,8 @@ def _parse(setting: Setting, text: str) -> object:
     if "${" in text or text == "???":
         raise InputError(f"{setting.key}: '{text}' refers to another value, which is not supported; write the value")
     try:
-        value = _PARSERS[setting.item](text)
+        given = str(float(_BOOLS[text.lower()])) if setting.is_share and text.lower() in _BOOLS else text
+        value = _PARSERS[setting.item](given)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(text)
     except (KeyError, ValueError) as error:

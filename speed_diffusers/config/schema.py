@@ -92,6 +92,7 @@ def option(
     choices: Iterable[object] | Callable[[], Iterable[object]] = (),
     free: bool = False,
     path: bool = False,
+    share: bool = False,
 ) -> Any:
     """A dataclass field with its help text and its range.
 
@@ -103,6 +104,7 @@ def option(
         choices: Allowed values, if there are only a few; a callable is asked when they are needed.
         free: The value may differ when a run is resumed, because it does not touch what is computed.
         path: The value, or each of a list, is or may be a path: a leading `~` is the home folder.
+        share: A float in [0, 1] that may also be written as true (all) or false (none).
     """
     metadata = {
         "help": help,
@@ -110,6 +112,7 @@ def option(
         "choices": choices if callable(choices) else tuple(choices),
         "free": free,
         "path": path,
+        "share": share,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -129,11 +132,12 @@ class Setting:
     interval: Interval | None = None
     choices: tuple[object, ...] = ()
     is_path: bool = False
+    is_share: bool = False
 
     @property
     def item_words(self) -> str:
         """The accepted type of one value, in plain words."""
-        return _PLAIN_WORDS[self.item]
+        return _PLAIN_WORDS[self.item] + ", true or false" * self.is_share
 
     @property
     def words(self) -> str:
@@ -171,6 +175,7 @@ def settings_of(schema: "type[DataclassInstance]") -> dict[str, Setting]:
             about.get("interval"),
             tuple(choices() if callable(choices) else choices),
             about.get("path", False),
+            about.get("share", False),
         )
     return settings
 

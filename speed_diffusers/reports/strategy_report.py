@@ -166,7 +166,7 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     Raises:
         InputError: Unknown GPU, or a share outside its range.
     """
-    per_mac = "8" if cost.gradient_checkpointing else "6"
+    per_mac = f"{6 + 2 * cost.gradient_checkpointing:.3g}"
     byte_words = ", ".join(f"{name} {count}" for name, count in BYTES_A_PARAMETER.items())
     rows = [
         ("parameters", f"{cost.num_parameters / 1e6:,.2f} M", "counted, in training form"),

@@ -5,6 +5,7 @@ reaches is an assumption of whoever asks.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,30 +20,37 @@ class GPU:
 
     Attributes:
         bf16_tflops: Peak of its matrix units in bf16, sums in float32, no sparsity, in 10^12 operations per second.
+        tf32_tflops: The same in TF32; None where the vendor names none.
         memory_gb: Its memory as it is sold, in GB.
+        device_name: Regular expression of the whole name that its driver gives it (`torch.cuda.get_device_name`).
+        source: Where the peaks stand.
     """
 
     bf16_tflops: float
+    tf32_tflops: float | None
     memory_gb: float
+    device_name: str
+    source: str
 
 
+# Data sheets give Ada's, Hopper's and Blackwell's peaks with sparsity, which is twice what dense matrices get.
 GPUS: dict[str, GPU] = {
-    "A10": GPU(125.0, 24),
-    "A100": GPU(312.0, 80),
-    "A100-40GB": GPU(312.0, 40),
-    "B200": GPU(2250.0, 180),
-    "H100": GPU(989.0, 80),
-    "H100-PCIe": GPU(756.0, 80),
-    "H200": GPU(989.0, 141),
-    "L4": GPU(121.0, 24),
-    "L40S": GPU(362.0, 48),
-    "MI300X": GPU(1307.0, 192),
-    "RTX3090": GPU(71.0, 24),
-    "RTX4090": GPU(165.0, 24),
-    "RTX5090": GPU(209.0, 32),
-    "RTXA6000": GPU(155.0, 48),
+    "A10": GPU(125.0, 62.5, 24, "NVIDIA A10", "NVIDIA A10 data sheet"),
+    "A100": GPU(312.0, 156.0, 80, "NVIDIA A100(-SXM4-80GB| 80GB PCIe)", "NVIDIA A100 data sheet"),
+    "A100-40GB": GPU(312.0, 156.0, 40, "NVIDIA A100-(SXM4|PCIE)-40GB", "NVIDIA A100 data sheet"),
+    "B200": GPU(2250.0, 1125.0, 180, "NVIDIA B200", "NVIDIA DGX B200 data sheet, an eighth"),
+    "H100": GPU(989.0, 494.5, 80, "NVIDIA H100 80GB HBM3", "NVIDIA H100 data sheet, SXM"),
+    "H100-PCIe": GPU(756.0, 378.0, 80, "NVIDIA H100 PCIe", "NVIDIA H100 data sheet, PCIe"),
+    "H200": GPU(989.0, 494.5, 141, "NVIDIA H200", "NVIDIA H200 data sheet, SXM"),
+    "L4": GPU(121.0, 60.0, 24, "NVIDIA L4", "NVIDIA L4 data sheet"),
+    "L40S": GPU(362.0, 183.0, 48, "NVIDIA L40S", "NVIDIA L40S data sheet"),
+    "MI300X": GPU(1307.0, 653.7, 192, "AMD Instinct MI300X.*", "AMD Instinct MI300X data sheet"),
+    "RTX3090": GPU(71.0, 35.6, 24, "NVIDIA GeForce RTX 3090", "NVIDIA Ampere GA102 white paper"),
+    "RTX4090": GPU(165.0, 82.6, 24, "NVIDIA GeForce RTX 4090", "NVIDIA Ada white paper"),
+    "RTX5090": GPU(209.0, 104.8, 32, "NVIDIA GeForce RTX 5090", "NVIDIA RTX Blackwell white paper"),
+    "RTXA6000": GPU(155.0, 77.4, 48, "NVIDIA RTX A6000", "NVIDIA Ampere GA102 white paper"),
 }
-"""GPUs by name, from the vendors' data sheets; case does not matter to `gpu_named`."""
+"""GPUs by name, with the peaks of the vendors' data sheets; case does not matter to `gpu_named`."""
 
 BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "EMA weights": 4}
 """Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
@@ -64,6 +72,36 @@ def gpu_named(name: str) -> GPU:
     if found is None:
         raise unknown_name("gpu", name.upper(), GPUS)
     return found
+
+
+def gpu_of_device(device_name: str) -> GPU | None:
+    """The GPU whose driver gives it this name; None for one that is not in the table, or not for sure."""
+    matching = (gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_name, device_name))
+    return next(matching, None)
+
+
+def model_flops_utilization(
+    config: Mapping[str, Any], images_per_second: float, gpu: GPU, *, precision: str = "bf16"
+) -> float | None:
+    """MFU: the model's operations per second over the peak of one GPU (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+        config: As in `forward_macs`.
+        images_per_second: Of one GPU.
+        gpu: The GPU.
+        precision: "bf16" or "tf32": of the matrix products, whose peak is meant.
+
+    Returns:
+        A share of the peak; None where the table has no peak.
+
+    Raises:
+        InputError: Another precision.
+    """
+    peaks = {"bf16": gpu.bf16_tflops, "tf32": gpu.tf32_tflops}
+    if precision not in peaks:
+        raise unknown_name("precision", precision, peaks)
+    peak = peaks[precision]
+    return None if peak is None else training_flops(config) * images_per_second / (peak * 1e12)
 
 
 def forward_macs(config: Mapping[str, Any]) -> int:
@@ -110,7 +148,7 @@ class TrainingCost:
         max_train_steps: Optimizer steps of the run.
         num_images: Images of the data; None: not known.
         random_flip: The cache holds the flipped images too.
-        gradient_checkpointing: Activations are computed twice.
+        gradient_checkpointing: Share of the blocks whose activations are computed twice, in [0, 1].
     """
 
     config: Mapping[str, Any]
@@ -119,12 +157,12 @@ class TrainingCost:
     max_train_steps: int
     num_images: int | None = None
     random_flip: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: float = 0.0
 
     @property
     def image_flops(self) -> float:
         """Operations of forward and backward pass for an image, recomputed activations included."""
-        return training_flops(self.config) * (RECOMPUTED if self.gradient_checkpointing else 1.0)
+        return training_flops(self.config) * (1.0 + (RECOMPUTED - 1.0) * self.gradient_checkpointing)
 
     @property
     def step_flops(self) -> float:

@@ -20,6 +20,9 @@ DEFAULT_CONFIG = "quickstart/fashion_mnist"
 
 OPTIMIZERS = ("adamw", "muon")
 
+COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
+"""Of `torch.compile`: what makes kernels, and two that only trace, for tests and for the search for faults."""
+
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends; it must begin above."""
 
@@ -73,6 +76,9 @@ class _DataAndModel(Options):
     dataloader_num_workers: int = option(
         0, "Processes that load data; 0 loads in the training process.", interval="[0, 256]", free=True
     )
+    dataloader_prefetch_factor: int = option(
+        2, "Batches that each of them loads ahead.", interval="[1, 1000]", free=True
+    )
 
     # Model
     model: str = option("DiT-XL/2", "Size and patch of the transformer.", choices=MODEL_NAMES)
@@ -94,7 +100,9 @@ class _DataAndModel(Options):
         "How timestep and label embedders begin: dit (N(0, 0.02^2)), or unit: their sum has size 1 at any width.",
         choices=CONDITIONING_INITS,
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    gradient_checkpointing: float = option(
+        0.0, "Share of the blocks that recompute activations to save memory; true: all.", interval="[0, 1]", share=True
+    )
 
     # Diffusion process and SpeeD
     num_train_timesteps: int = option(1000, "Timesteps of the diffusion process.", interval="[2, 10^6]")
@@ -176,6 +184,11 @@ class TrainConfig(_WithSpeeD):
         interval="(0, 0.28]",
     )
     mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
+    compile: bool = option(False, "Compile the transformer's blocks (torch.compile); checkpoints stay plain.")
+    compile_backend: str = option("inductor", "Backend of torch.compile.", choices=COMPILE_BACKENDS)
+    deterministic: bool = option(
+        False, "Kernels that repeat to the bit on GPUs too, where some add up in any order; slower.", free=True
+    )
     ddp_timeout: int = option(
         600, "Seconds that a process waits for the others before the run ends.", interval="[1, 604800]", free=True
     )
@@ -236,7 +249,10 @@ class TrainConfig(_WithSpeeD):
     dry_run: bool = option(False, "Check everything, print the plan, write nothing.", free=True)
 
     def __post_init__(self) -> None:
+        self.gradient_checkpointing = float(self.gradient_checkpointing)  # True from Python, as of old
         super().__post_init__()
+        if not self.compile and self.compile_backend != "inductor":
+            raise InputError(f"compile_backend={self.compile_backend}: only compile=true knows it.")
         if self.check_images and not self.dry_run:
             raise InputError("check_images=true: only with dry_run=true.")
         if self.beta_start > self.beta_end:

@@ -38,12 +38,13 @@ class ExponentialMovingAverage:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = [parameter for _, parameter in model.named_parameters()]
         self._averages = [parameter.detach().float().clone() for parameter in self._parameters]
+        self._is_float32 = all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the parameters, once per optimizer step."""
         # Not detached: no gradient is recorded here, and detaching would cost the host an operation per tensor.
-        current = [parameter.float() for parameter in self._parameters]
+        current = self._parameters if self._is_float32 else [parameter.float() for parameter in self._parameters]
         torch._foreach_lerp_(self._averages, current, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:

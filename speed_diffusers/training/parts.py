@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DynamoBackend, ProjectConfiguration
 from diffusers import AutoencoderKL
 
 from ..data.batch_sampler import BatchLayout
@@ -22,6 +22,7 @@ from ..predictions import FLOW_PREDICTION
 from ..randomness import keyed_generator
 from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from ..variance import LEARNED_RANGE, LearnedVariance
+from .blocks import prepare_blocks
 from .checkpoints import read_state
 from .config import TrainConfig
 from .run import TrainingScheduler
@@ -223,8 +224,7 @@ def make_model(config: TrainConfig, num_data_classes: int, vae: AutoencoderKL) -
                 f"with {predicted}."
             )
         core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
-    if config.gradient_checkpointing:
-        core.transformer.enable_gradient_checkpointing()
+    prepare_blocks(core, config)
     return core.train()
 
 
@@ -239,6 +239,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_launcher(os.environ)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.deterministic:
+        # What cuBLAS asks for. Errors, not warnings: with warnings attention keeps its other kernels.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
     folder = Path(config.output_dir)
     cpu = not torch.accelerator.is_available()
     # InitProcessGroupKwargs would leave out what happens to be NCCL's default, and gloo has another.
@@ -252,6 +256,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(f"mixed_precision={accelerator.mixed_precision}: allowed: no, bf16 (needs no loss scaling).")
+    if config.compile and (compiler := accelerator.state.dynamo_plugin.backend) != DynamoBackend.NO:
+        raise InputError(
+            f"compile=true, and accelerate is configured to compile too (dynamo_backend {compiler.value}): keep one."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError("DeepSpeed is not supported; to shard a model take accelerate_configs/fsdp2.yaml.")
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +60,30 @@ def labelled(part: str) -> record_function:
     if part not in PARTS:
         raise unknown_name("part of a step", part, PARTS)
     return record_function(part)
+
+
+def part_times(events: list[FunctionEvent]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean milliseconds per step of each part, on the host and in kernels on the device.
+
+    A kernel belongs to the part during which the host launched it, on whatever thread: autograd has its own for a GPU.
+
+    Args:
+        events: What the profiler recorded, whole steps.
+    """
+    host_events = [event for event in events if event.device_type == DeviceType.CPU]
+    steps = [event for event in host_events if event.name.startswith("ProfilerStep")]
+    parts = [event for event in host_events if event.name in PARTS]
+    host, on_device = dict.fromkeys((*PARTS, OTHER), 0.0), dict.fromkeys((*PARTS, OTHER), 0.0)
+    for event in parts:
+        host[event.name] += event.time_range.elapsed_us() / 1e3 / len(steps)
+    total = sum(event.time_range.elapsed_us() for event in steps) / 1e3 / len(steps)
+    host[OTHER] = total - sum(host.values())
+    for event in host_events:
+        if event.kernels and not event.is_user_annotation:
+            start = event.time_range.start
+            name = next((part.name for part in parts if part.time_range.start <= start <= part.time_range.end), OTHER)
+            on_device[name] += sum(kernel.duration for kernel in event.kernels) / 1e3 / len(steps)
+    return host, on_device
 
 
 class OperationCounter(TorchDispatchMode):

@@ -191,6 +191,7 @@ def make_loader(
         num_workers=config.dataloader_num_workers,
         worker_init_fn=end_with_parent,
         multiprocessing_context=worker_context() if config.dataloader_num_workers else None,
+        prefetch_factor=config.dataloader_prefetch_factor if config.dataloader_num_workers else None,
         pin_memory=inputs.accelerator.device.type == "cuda",
         # Its own generator: an iterator would otherwise take its workers' seed from torch's global one.
         generator=torch.Generator(),

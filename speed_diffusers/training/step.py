@@ -70,7 +70,6 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
         InputError: Too many images cannot be read; the message names some.
     """
     config, accelerator, layout = run.config, run.accelerator, run.layout
-    max_norm = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
     batches = batches_of(run)
     for step in range(run.first_step, config.max_train_steps):
         draws = draws_of(run, step)
@@ -85,7 +84,11 @@ def training_steps(run: TrainingRun) -> Iterator[TrainedStep]:
                 micro_steps.append(_learn(run, step, batch, draws.part(layout.span(index))))
         run.ranks.at(step + 1, "update")
         with labelled("gradient norm"):
-            grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), max_norm)
+            if config.max_grad_norm is None:
+                gradients = [each.grad for each in run.model.parameters() if each.grad is not None]
+                grad_norm = torch.nn.utils.get_total_norm(gradients)
+            else:
+                grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
             if isinstance(grad_norm, DTensor):  # of a sharded model
                 grad_norm = grad_norm.full_tensor()
             run.guard.observe(grad_norm, step + 1, [(each.timesteps, each.losses) for each in micro_steps])

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
 from ..files import naming_disk_errors
+from ..reports.training_cost import gpu_of_device, model_flops_utilization
 from .guard import describe_images
 from .profiling import labelled
 from .run import TrainingRun
@@ -40,6 +41,7 @@ class StepLog:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
         device = run.accelerator.device
+        self._gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         # Loss, unweighted MSE, variance term.
         self.sums = torch.zeros(3, device=device)
         self.bins = ErrorBins(run.config.num_train_timesteps, device)
@@ -129,6 +131,9 @@ class StepLog:
             "images_per_second": self.steps * run.layout.global_batch / (run.seconds - self._seconds_then),
             "seconds": run.seconds,
         }
+        mfu = self._utilization(values["images_per_second"])
+        if mfu is not None:
+            values["mfu"] = mfu
         bins = len(binned) // 2
         errors, counts = means_by_bin(binned[:bins], binned[bins:]), [int(count) for count in binned[bins:]]
         if self.metrics is not None:
@@ -137,8 +142,19 @@ class StepLog:
         named = {f"{ERRORS_KEY}/{first:04d}-{end - 1:04d}": mean for first, end, mean in spans if mean is not None}
         with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
             run.accelerator.log(values | named, step=done)
-        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        shown = {"loss": f"{loss:.4f}", "images/s": f"{values['images_per_second']:,.0f}"}
+        self.progress.set_postfix(shown | ({} if mfu is None else {"MFU": f"{mfu:.1%}"}), refresh=False)
         self._start_again()
+
+    def _utilization(self, images_per_second: float) -> float | None:
+        """Share of the devices' peak that the training reaches; None where the peak is not known."""
+        run = self.run
+        bf16 = run.accelerator.mixed_precision == "bf16"
+        if self._gpu is None or not (bf16 or run.config.allow_tf32):
+            return None
+        each = images_per_second / run.layout.processes
+        config = run.core.transformer.config
+        return model_flops_utilization(config, each, self._gpu, precision="bf16" if bf16 else "tf32")
 
     def share_bad_images(self) -> None:
         """Tells every process which images the others could not read, and lists them in the folder of the run.

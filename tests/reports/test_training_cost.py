@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from speed_diffusers.errors import InputError
 from speed_diffusers.models import build_dit, dit_config
-from speed_diffusers.reports.training_cost import forward_macs, training_flops
+from speed_diffusers.reports.training_cost import (
+    GPUS,
+    forward_macs,
+    gpu_of_device,
+    model_flops_utilization,
+    training_flops,
+)
 
 
 def config_of(model: str, sample_size: int = 32) -> dict[str, object]:
@@ -35,3 +42,41 @@ def test_torch_counts_the_same(model: str, sample_size: int) -> None:
     counted = forward.get_total_flops() + backward.get_total_flops()
     # The first layer's input needs no gradient, which a patch embedding of few channels hardly shows.
     assert counted == pytest.approx(2 * training_flops(config), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "gpu"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("AMD Instinct MI300X OAM", "MI300X"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_card_is_known_by_its_drivers_name_or_not_at_all(device_name: str, gpu: str | None) -> None:
+    assert gpu_of_device(device_name) is (None if gpu is None else GPUS[gpu])
+
+
+def test_utilization_is_that_of_the_precisions_peak() -> None:
+    config, gpu = config_of("DiT-XL/2"), GPUS["H200"]
+    # 989e12 / 711.7e9: a ceiling of 1,390 images per second.
+    assert model_flops_utilization(config, 1390.0, gpu) == pytest.approx(1.0, rel=1e-3)
+    assert model_flops_utilization(config, 695.0, gpu, precision="tf32") == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(InputError, match="Unknown precision 'bf17'. Did you mean 'bf16'"):
+        model_flops_utilization(config, 1.0, gpu, precision="bf17")
+
+
+def test_every_peak_has_its_source_and_tf32_is_half_of_bf16() -> None:
+    for name, gpu in GPUS.items():
+        assert gpu.source and gpu.memory_gb > 0, name
+        assert gpu.tf32_tflops == pytest.approx(gpu.bf16_tflops / 2, rel=0.02), name

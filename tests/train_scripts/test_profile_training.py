@@ -15,10 +15,10 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.models import dit_config
 from speed_diffusers.reports.training_cost import training_flops
-from speed_diffusers.train_scripts.profile_training import ProfileConfig, main, part_times
+from speed_diffusers.train_scripts.profile_training import ProfileConfig, main
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
 from speed_diffusers.training.config import TrainConfig, trainer_options
-from speed_diffusers.training.profiling import OTHER, PARTS
+from speed_diffusers.training.profiling import OTHER, PARTS, part_times
 from speed_diffusers.training.setup import temporary_run
 from speed_diffusers.training.step import training_steps
 
