@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -15,15 +15,26 @@ PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy")
 
 
 def commit() -> str:
-    """The commit that is measured, marked if the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The commit that is measured, marked if the tree differs from it; "unknown" without git or its history."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
     return described.stdout.strip() or "unknown"
+
+
+def installed(package: str) -> str:
+    """The version of a package; "unknown" of one that stands on the path without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def load_average() -> float:
@@ -44,7 +55,7 @@ def environment() -> dict[str, object]:
     return {
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: installed(name) for name in PACKAGES},
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -34,7 +34,7 @@ KERNELS = {
     "attention": "flash|fmha|sdpa|attention",
     "matrix products": "gemm|nvjet|cutlass|cublas|xmma|splitk|gemv",
     "compiled, elementwise and reductions": "^triton_",
-    "optimizer and EMA": "adam|multi_tensor|lerp|foreach",
+    "optimizer, EMA and gradient norm": "adam|multi_tensor|lerp|foreach",
     "copies": "memcpy|memset|copy",
 }
 """Kinds of kernels by what their names hold, in the order in which they are looked for; the rest is other."""

@@ -57,6 +57,7 @@ class GPUSuiteConfig(Options):
     dit_dir: str | None = option(None, "Checkout of github.com/facebookresearch/DiT.", path=True)
     fast_dit_dir: str | None = option(None, "Checkout of github.com/chuanyangjin/fast-DiT.", path=True)
     units: list[str] = option(["*"], "Patterns of the units to do, such as 'step DiT-XL*'.")
+    commit: str | None = option(None, "That is measured, where the copy has no history.")
     max_seconds: float = option(540.0, "From the start; no unit is begun that would outlast it.", interval="(0, inf)")
 
 
@@ -93,6 +94,8 @@ def main(argv: list[str]) -> None:
     results = json.loads(file.read_text("utf-8")) if file.exists() else {"units": {}}
     results["device"] = device_facts(device)
     results["environment"] = environment() | {"load_before": load_average()}
+    if config.commit is not None:
+        results["environment"]["commit"] = config.commit
     scale = ON_CUDA if device.type == "cuda" else ON_CPU
     with on_device(device):
         for unit in all_units(device, scale, checkouts, work_dir):

@@ -205,7 +205,7 @@ def test_the_table_gives_ratio_mfu_profile_and_failures() -> None:
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
         ("triton_per_fused_native_layer_norm_0", "compiled, elementwise and reductions"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer and EMA"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer, EMA and gradient norm"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", "other"),
     ],

@@ -146,7 +146,15 @@ def test_draws_are_those_of_a_cpu_and_the_same_again(device: torch.device) -> No
     assert not torch.equal(found.noise, draws(device, 8).noise)
 
 
-@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "random_flip": True}], ids=["float32", "bf16"])
+NO_WAITS = {
+    "float32": {},
+    "bf16": {"mixed_precision": "bf16", "random_flip": True, "max_grad_norm": 1.0},
+    "flow": {"prediction_type": "flow_prediction", "variance_type": "fixed_small"},
+    "muon": {"optimizer": "muon", "speed_draw": "stratified", "ema_tracks": [0.05, 0.1]},
+}
+
+
+@pytest.mark.parametrize("options", NO_WAITS.values(), ids=NO_WAITS)
 def test_no_step_between_two_lines_of_the_log_waits_for_the_device(
     device: torch.device, run_config: RunConfig, options: dict[str, Any]
 ) -> None:
