@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
 from speed_diffusers.errors import InputError
@@ -97,6 +96,23 @@ class _OnCPU:
         return getattr(torch, name)
 
 
+@contextlib.contextmanager
+def backward_noted() -> Iterator[dict[int, float]]:
+    """Notes when the last `loss.backward()` of each thread came to its end; gives the times by thread."""
+    ended: dict[int, float] = {}
+    backward = Tensor.backward
+
+    def noted(loss: Tensor, *args: Any, **options: Any) -> None:
+        backward(loss, *args, **options)
+        ended[threading.get_ident()] = time.perf_counter()
+
+    Tensor.backward = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield ended
+    finally:
+        Tensor.backward = backward  # type: ignore[method-assign]
+
+
 class ReferenceLoop:
     """One of the two loops, stopped after its first step; a context manager, which ends it.
 
@@ -109,10 +125,12 @@ class ReferenceLoop:
         results_dir: A folder for what it would write.
         mixed_precision: For accelerate, which fast-DiT uses: "no", "fp16" or "bf16".
         sample_size: Side of the latents.
+        backward_ended: From `backward_noted`, if steps are to be taken apart by the host's clock, which is that of the
+            work where nothing is left to a device.
 
     Attributes:
-        milliseconds: Of each step from the second on: of its forward and backward pass, and of all else. Only where
-            nothing is left to a device is the clock of the host that of the work.
+        milliseconds: Of each step from the second on: of its forward and backward pass, from the call of the network
+            to the end of `backward`, and of all else. Empty without `backward_ended`.
 
     Raises:
         InputError: The folder holds no such loop, or no such model is known.
@@ -129,6 +147,7 @@ class ReferenceLoop:
         results_dir: Path,
         mixed_precision: str = "no",
         sample_size: int = 32,
+        backward_ended: dict[int, float] | None = None,
     ) -> None:
         if not all((checkout / name).exists() for name in ("train.py", "models.py", "diffusion")):
             raise InputError(f"{checkout}: is no checkout of {REPOSITORIES[loop]}; clone it and name its folder.")
@@ -139,7 +158,8 @@ class ReferenceLoop:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._closing, self._error = False, ""
         self._error_type: type[BaseException] | None = None
-        self._marks: dict[str, float] = {}
+        self._backward_ended = backward_ended
+        self._forward_began = self._step_began = time.perf_counter()
         self._environment = self._environment_of(mixed_precision)
         self._train = _imported(checkout)
         self._prepare(model, sample_size)
@@ -161,13 +181,8 @@ class ReferenceLoop:
         self._thread = threading.Thread(target=self._run, name=loop, daemon=True)
 
     def __enter__(self) -> "ReferenceLoop":
-        self._hook = register_optimizer_step_pre_hook(self._before_update)
         self._thread.start()
-        try:
-            self._wait()
-        except BaseException:
-            self._hook.remove()
-            raise
+        self._wait()
         self.milliseconds.clear()
         return self
 
@@ -175,7 +190,6 @@ class ReferenceLoop:
         self._closing = True
         self._go.release()
         self._thread.join(60)
-        self._hook.remove()
 
     def step(self) -> None:
         """Takes the next optimizer step as far as the host is concerned; its loss is read when another begins."""
@@ -241,11 +255,14 @@ class ReferenceLoop:
             diffusion = create_diffusion(*args, **options)
             losses = diffusion.training_losses
 
-            def marked(*args: Any, **options: Any) -> Any:
-                self._marks["forward"] = time.perf_counter()
-                return losses(*args, **options)
+            def with_marked_network(network: Any, *args: Any, **options: Any) -> Any:
+                def marked(*args: Any, **options: Any) -> Any:
+                    self._forward_began = time.perf_counter()
+                    return network(*args, **options)
 
-            diffusion.training_losses = marked
+                return losses(marked, *args, **options)
+
+            diffusion.training_losses = with_marked_network
             return diffusion
 
         def update_and_wait(*args: Any, **options: Any) -> None:
@@ -255,20 +272,16 @@ class ReferenceLoop:
 
         train.create_diffusion, train.update_ema = diffusion_with_mark, update_and_wait
 
-    def _before_update(self, *args: object) -> None:
-        if threading.current_thread() is self._thread:
-            self._marks["update"] = time.perf_counter()
-
     def _between_steps(self) -> None:
-        now, marks = time.perf_counter(), self._marks
-        # Without an update where a scaler of fp16 has left it out.
-        both_passes = (marks.pop("update", now) - marks["forward"]) * 1e3
-        self.milliseconds.append((both_passes, (now - marks.get("begin", now)) * 1e3 - both_passes))
+        if self._backward_ended is not None:
+            passes = self._backward_ended[threading.get_ident()] - self._forward_began
+            whole = time.perf_counter() - self._step_began
+            self.milliseconds.append((1e3 * passes, 1e3 * (whole - passes)))
         self._done.release()
         self._go.acquire()
         if self._closing:
             raise _Stop
-        marks["begin"] = time.perf_counter()
+        self._step_began = time.perf_counter()
 
     @contextlib.contextmanager
     def _environment_of(self, mixed_precision: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ import gpu_units
 import run as gpu_suite
 from gpu_report import ratios, table
 from gpu_units import ON_CPU, ON_CUDA, PRECISIONS, Scale, Unit, all_units, kind_of_kernel
-from reference_loops import DIT, FAST_DIT, ReferenceLoop
+from reference_loops import DIT, FAST_DIT, ReferenceLoop, backward_noted
 from speed_diffusers.errors import InputError
 
 CPU = torch.device("cpu")
@@ -214,111 +214,23 @@ def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
     assert kind_of_kernel(kernel) == kind
 
 
-MODELS = """
-import torch
-from torch import nn
-
-
-class DiT(nn.Module):
-    def __init__(self, input_size, num_classes, depth, hidden_size, num_heads, patch_size):
-        super().__init__()
-        self.sizes = input_size, num_classes, depth, hidden_size, num_heads, patch_size
-        self.layer = nn.Conv2d(4, 4, 1)
-
-    def forward(self, x, t, y):
-        assert x.shape[1:] == (4, 32, 32) and t.shape == y.shape == x.shape[:1]
-        return self.layer(x)
-
-
-DiT_models = {}
-"""
-DIFFUSION = """
-class Diffusion:
-    num_timesteps = 1000
-
-    def training_losses(self, model, x, t, model_kwargs):
-        return {"loss": (model(x, t, **model_kwargs) - x).square()}
-
-
-def create_diffusion(timestep_respacing):
-    return Diffusion()
-"""
-# The shape of both loops in our own words: what is given to them, and where they can be stopped.
-TRAIN = """
-from copy import deepcopy
-
-import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-
-from diffusers.models import AutoencoderKL
-from diffusion import create_diffusion
-from models import DiT_models
-
-CustomDataset = None
-seen = []
-
-
-def create_logger(folder):
-    raise AssertionError("writes files")
-
-
-def update_ema(ema, model, decay=0.9999):
-    seen.append(decay)
-
-
-def main(args):
-    assert torch.cuda.is_available()
-    accelerator = Accelerator()
-    log = create_logger(args.results_dir)
-    model = DiT_models[args.model](input_size=args.image_size // 8, num_classes=args.num_classes)
-    assert model.sizes == (32, 1000, 6, 128, 4, 8)
-    autoencoder = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device)
-    ema, diffusion = deepcopy(model), create_diffusion(timestep_respacing="")
-    optimizer = torch.optim.AdamW(model.parameters())
-    loader = DataLoader(CustomDataset("a", "b"), batch_size=args.global_batch_size, num_workers=args.num_workers)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    update_ema(ema, model, decay=0)
-    for features, labels in loader:
-        x, y = features.squeeze(1), labels.squeeze(1)
-        x = autoencoder.encode(x).latent_dist.sample()
-        if FAILS:
-            raise ValueError("a bug of theirs")
-        t = torch.randint(0, diffusion.num_timesteps, (len(x),))
-        loss = diffusion.training_losses(model, x, t, dict(y=y))["loss"].mean()
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        update_ema(ema, model)
-    raise AssertionError("came to an end")
-"""
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Callable[..., Path]:
-    """A folder that looks like a checkout of a reference loop."""
-
-    def make(loop: str, *, fails: bool = False) -> Path:
-        folder = tmp_path / f"checkout {loop}"
-        (folder / "diffusion").mkdir(parents=True)
-        (folder / "models.py").write_text(MODELS)
-        (folder / "diffusion" / "__init__.py").write_text(DIFFUSION)
-        (folder / "train.py").write_text(TRAIN.replace("FAILS", str(fails)))
-        return folder
-
-    return make
-
-
-def reference(folder: Path, results_dir: Path, loop: str = FAST_DIT, model: str = "DiT-tiny/8") -> ReferenceLoop:
-    return ReferenceLoop(loop, folder, model=model, batch_size=3, device=CPU, results_dir=results_dir)
+def reference(
+    folder: Path,
+    results_dir: Path,
+    loop: str = FAST_DIT,
+    model: str = "DiT-tiny/8",
+    ended: dict[int, float] | None = None,
+) -> ReferenceLoop:
+    return ReferenceLoop(
+        loop, folder, model=model, batch_size=3, device=CPU, results_dir=results_dir, backward_ended=ended
+    )
 
 
 def test_a_reference_loop_takes_one_step_at_a_time_and_ends(checkout: Callable[..., Path], tmp_path: Path) -> None:
     import sys
 
     before = dict(sys.modules)
-    with reference(checkout(FAST_DIT), tmp_path) as loop:
+    with backward_noted() as ended, reference(checkout(FAST_DIT), tmp_path, ended=ended) as loop:
         train = loop._train
         assert train.seen == [0, 0.9999] or train.seen == [0.9999], train.seen
         for count in range(1, 4):
