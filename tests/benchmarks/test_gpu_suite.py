@@ -47,7 +47,7 @@ def test_the_suite_measures_on_a_cpu_skips_what_is_done_and_reports_again(
     assert ours["finite"] and ours["mfu"] is None and ours["peak_memory_gib"] is None
     parts = ours["profile"]["host_milliseconds"]
     assert {"draws", "forward and loss", "backward", "optimizer", "ema"} <= parts.keys()
-    assert (theirs["precision"], theirs["steps"]) == ("no", ON_CPU.steps)
+    assert (theirs["precision"], theirs["steps"]) == ("tf32", ON_CPU.steps)
     printed = capsys.readouterr().out
     assert "this package" in printed and "says nothing of any GPU" in printed and "as many images a second" in printed
     gpu_suite.main([*options, "units=step DiT-tiny/8 *"])
