@@ -36,7 +36,7 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [parameter for _, parameter in model.named_parameters()]
+        self._parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
         self._averages = [parameter.detach().float().clone() for parameter in self._parameters]
         self._is_float32 = all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
