@@ -238,7 +238,7 @@ def test_compiled_blocks_compute_the_same_in_one_graph(device: torch.device, mod
     compiled = gradients(core, device, bf16=bf16)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], dict(counters)
-    assert relative_distance(compiled, plain) < (2e-2 if bf16 else 1e-4)
+    assert relative_distance(compiled, plain) < (5e-2 if bf16 else 1e-4)
     # Fusing rounds less often, so it may be nearer to the truth, and must not be farther.
     assert relative_distance(compiled, exact) < 1.5 * relative_distance(plain, exact) + 1e-4
 
