@@ -11,6 +11,28 @@ from quality_estimator import SHARES, Curve, load_curves, step_ratio
 
 BASELINES = {"uniform_epsilon": "as published", "uniform_epsilon_tuned": "at its best rate"}
 COSINE = "_cosine"
+FACTORS = (
+    ("SpeeD's density and weighting: epsilon", "paper_epsilon", "uniform_epsilon"),
+    ("epsilon, unit embedders", "paper_epsilon_unit", "uniform_epsilon_unit"),
+    ("velocity", "paper_v", "uniform_v"),
+    ("velocity, unit embedders", "paper_v_unit", "uniform_v_unit"),
+    ("velocity, unit embedders, Muon", "paper_v_fast", "uniform_v_fast"),
+    ("Gaussian over log SNR, even draw: velocity, unit embedders", "fast_density_v_unit", "uniform_v_unit"),
+    ("velocity, unit embedders, Muon", "fast", "uniform_v_fast"),
+    ("Even draw instead of an independent one", "fast_density_v_unit", "gaussian_v_unit"),
+    ("Velocity instead of epsilon: uniform", "uniform_v", "uniform_epsilon"),
+    ("SpeeD", "paper_v", "paper_epsilon"),
+    ("Embedders of unit size: uniform, epsilon", "uniform_epsilon_unit", "uniform_epsilon"),
+    ("uniform, velocity", "uniform_v_unit", "uniform_v"),
+    ("SpeeD, velocity", "paper_v_unit", "paper_v"),
+    ("Muon instead of AdamW, each at its rate: the recipe", "fast", "fast_adamw"),
+    ("uniform, epsilon, unit embedders", "uniform_epsilon_fast", "uniform_epsilon_unit"),
+    ("Learning rate of the baseline: 4e-3 instead of 1e-3", "uniform_epsilon_tuned", "uniform_epsilon"),
+)
+"""What is changed and with what else, the arm that has it and the one that has not."""
+
+FACTOR_SHARES = (0.5, 1.0)
+
 PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
 SHOWN_STEPS = (500, 1000, 1500, 3000)
 
@@ -22,6 +44,7 @@ def write_report(folder: Path) -> str:
     constant = [curve for curve, other in zip(curves, is_cosine, strict=True) if not other]
     cosine = [curve for curve, own in zip(curves, is_cosine, strict=True) if own]
     parts = [distances(constant), *(ratios(constant, baseline, SHARES) for baseline in BASELINES)]
+    parts.append(factors(constant))
     if cosine:
         parts.append(lengths(cosine))
         for baseline in BASELINES:
@@ -58,6 +81,27 @@ def distances(curves: Sequence[Curve]) -> str:
         cells = [_mean(curves, arm, step, "frechet_distance") for step in SHOWN_STEPS]
         lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def factors(curves: Sequence[Curve]) -> str | None:
+    """How many times fewer steps one change saves, all else being equal; None where no two arms compare."""
+    rows = []
+    for changed, arm, without in FACTORS:
+        found = [step_ratio(curves, arm, without, share) for share in FACTOR_SHARES]
+        if None not in found:
+            rows.append(f"| {changed} | {arm} | {without} | {' | '.join(map(str, found))} |")
+    if not rows:
+        return None
+    lines = [
+        "**One factor at a time**: times fewer steps than the arm without it, to the distance that that arm has after "
+        "half of its run and after all of it.",
+        "",
+        "| factor, and what else is chosen | with it | without it | "
+        + " | ".join(f"{share:.0%}" for share in FACTOR_SHARES)
+        + " |",
+        "|---|---|---|" + "---|" * len(FACTOR_SHARES),
+    ]
+    return "\n".join(lines + rows)
 
 
 def lengths(curves: Sequence[Curve]) -> str:

@@ -6,7 +6,6 @@ No image is picked: they are the first ones of the seed.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import arm_step_time
 import quality_arms
+import same_images
 import steps_to_quality
 from quality_arms import ARMS, FIVE, SETTINGS, Arm, Job, Setting, jobs
 from quality_estimator import Curve, bootstrap, load_curves, step_ratio, steps_to
-from quality_report import arms_of, write_report
+from quality_report import FACTORS, arms_of, factors, write_report
 from speed_diffusers.config.load import load_config
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
@@ -239,3 +241,44 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> 
             (tmp_path / setting).mkdir(exist_ok=True)
             (tmp_path / setting / path.name).write_text(path.read_text())
         assert write_report(tmp_path / setting) == (folder / "table.md").read_text().rstrip("\n")
+
+
+def test_one_factor_at_a_time_is_held_against_the_arm_without_it(tmp_path: Path) -> None:
+    for changed, arm, without in FACTORS:
+        assert changed and {arm, without} <= ARMS.keys()
+    curves = [power_law("uniform_v", 0, 2.0), power_law("paper_v", 0, 3.0), power_law("fast", 0, 5.0)]
+    table = factors(curves)
+    assert table is not None and "| paper_v | uniform_v | 1.50 (1.50) | 1.50 (1.50) |" in table
+    assert "| fast |" not in table, "the arm without Muon has no runs here"
+    assert factors(curves[:1]) is None
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_step_times_of_arms_are_taken_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = SETTINGS["quickstart"].options | {"max_train_samples": 8, "cache_dir": tmp_path / "cache"}
+    monkeypatch.setitem(SETTINGS, "quickstart", Setting(quick))
+    options = ["arms=uniform_epsilon,fast", "models=DiT-tiny/8", "train_batch_size=2", "block_steps=2", "rounds=3"]
+    arm_step_time.main([*options, f"results_dir={tmp_path / 'results'}"])
+    result = json.loads((tmp_path / "results" / "DiT-tiny-8.json").read_text())
+    assert result["against"] == "uniform_epsilon" and list(result["arms"]) == ["uniform_epsilon", "fast"]
+    ours, theirs = result["arms"]["fast"], result["arms"]["uniform_epsilon"]
+    ratios = np.array(ours["by_round"]) / np.array(theirs["by_round"])
+    assert len(ratios) == 3 and ours["ratio"] == pytest.approx(np.median(ratios))
+    low, high = ours["interval_95"]
+    assert min(ratios) <= low <= ours["ratio"] <= high <= max(ratios)
+    assert theirs["ratio"] == 1 and "DiT-tiny/8 fast: " in capsys.readouterr().out
+
+
+def test_pipelines_are_put_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["class_labels=Bag,Dress", "num_images_per_class=2", "num_inference_steps=1"]
+    output = tmp_path / "made" / "both.png"
+    same_images.main(["models=embedded,embedded", "titles=[$one$,two]", f"output={output}", *common])
+    # two models of two columns and two rows of 32 pixels each, every pixel twice
+    picture = np.asarray(Image.open(output).convert("L"), dtype=int)
+    assert picture.shape[0] == pytest.approx(2 * (2 * 34 - 2) + 35, abs=2)
+    assert "Saved" in capsys.readouterr().out
+    with pytest.raises(InputError, match="2 given with 1 titles; each needs one"):
+        same_images.main(["models=embedded,embedded", "titles=[one]", f"output={tmp_path / 'no.png'}", *common])
+    assert not (tmp_path / "no.png").exists()
