@@ -33,6 +33,20 @@ FACTORS = (
 
 FACTOR_SHARES = (0.5, 1.0)
 
+LADDER = (
+    ("DiT's recipe: uniform timesteps, epsilon, AdamW at 1e-3", "uniform_epsilon"),
+    ("the same at its best rate, 4e-3", "uniform_epsilon_tuned"),
+    ("SpeeD instead of uniform timesteps", "paper_epsilon"),
+    ("velocity instead of epsilon", "uniform_v"),
+    ("both: SpeeD and velocity", "paper_v"),
+    ("and embedders of unit size", "paper_v_unit"),
+    ("and log SNR normal around -1, evenly drawn, instead of SpeeD's density", "fast_density_v_unit"),
+    ("and AdamW at its best rate, 4e-3", "fast_adamw"),
+    ("and Muon instead: `fast`", "fast"),
+)
+"""The front page's rows: what is chosen, row by row, and the arm."""
+MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
+
 PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
 SHOWN_STEPS = (500, 1000, 1500, 3000)
 
@@ -81,6 +95,25 @@ def distances(curves: Sequence[Curve]) -> str:
         cells = [_mean(curves, arm, step, "frechet_distance") for step in SHOWN_STEPS]
         lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ladder(curves: Sequence[Curve]) -> str:
+    """The front page's table: steps to where the baselines end, one factor after the other."""
+    lines = ["| trained with | times fewer steps | than the baseline at its best rate | seeds |", "|---|---|---|---|"]
+    for what, arm in LADDER:
+        seeds = sum(curve.arm == arm for curve in curves)
+        found = [str(step_ratio(curves, arm, baseline, 1.0) or "") for baseline in BASELINES]
+        cells = ["1" if arm == baseline else cell for baseline, cell in zip(BASELINES, found, strict=True)]
+        lines.append(f"| {what} | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def with_ladder(page: str, curves: Sequence[Curve]) -> str:
+    """A page with the table in its place."""
+    begin, end = MARKERS
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{ladder(curves)}\n\n{end}{after}"
 
 
 def factors(curves: Sequence[Curve]) -> str | None:

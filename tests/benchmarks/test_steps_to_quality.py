@@ -20,7 +20,7 @@ import same_images
 import steps_to_quality
 from quality_arms import ARMS, FIVE, SETTINGS, Arm, Job, Setting, jobs
 from quality_estimator import Curve, bootstrap, load_curves, step_ratio, steps_to
-from quality_report import FACTORS, arms_of, factors, write_report
+from quality_report import FACTORS, arms_of, factors, with_ladder, write_report
 from speed_diffusers.config.load import load_config
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
@@ -241,6 +241,9 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> 
             (tmp_path / setting).mkdir(exist_ok=True)
             (tmp_path / setting / path.name).write_text(path.read_text())
         assert write_report(tmp_path / setting) == (folder / "table.md").read_text().rstrip("\n")
+    page = (ROOT / "README.md").read_text("utf-8")
+    curves = load_curves(steps_to_quality.RESULTS / steps_to_quality.FRONT_PAGE)
+    assert with_ladder(page, curves) == page, "run: python benchmarks/steps_to_quality.py action=report"
 
 
 def test_one_factor_at_a_time_is_held_against_the_arm_without_it(tmp_path: Path) -> None:
