@@ -251,6 +251,15 @@ def _arms() -> dict[str, Arm]:
             name = f"{density}_{target}"
             if name not in grid.arms:
                 grid.add(name, options(density, target), **(MIDDLE if target == "v" else {}))
+    # What the field has found since, over the density, target and initialisation of the recipe.
+    unit = options("fast", "v", init="unit")
+    uncertainty: Options = {"speed_weighting": "uncertainty"}
+    two_phase: Options = {"speed_sampling": "two_phase:until=0.6,first=gaussian:mean=-1"}
+    grid.add("uncertainty_v_unit", options("uniform", "v", init="unit") | uncertainty, **SHORT)
+    grid.add("fast_density_uncertainty_v_unit", unit | uncertainty, **SHORT)
+    grid.add("fast_density_two_phase_v_unit", unit | two_phase, **SHORT)
+    grid.add("fast_uncertainty", options("fast", "v", **fast) | uncertainty, **SHORT)
+    grid.add("fast_two_phase", options("fast", "v", **fast) | two_phase, **SHORT)
     return grid.arms
 
 

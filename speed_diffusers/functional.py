@@ -4,7 +4,7 @@
     timesteps = draw(tables, len(batch), generator)         # int64, 0 is the one with the least noise
     loss = (weights(tables, timesteps) * error).mean()      # error: each sample's mean squared error
 
-Plain functions of their arguments. A loss-aware density needs an object with state: make a `SpeeDStrategy` of the
+Plain functions of their arguments. What is loss-aware needs an object with state: make a `SpeeDStrategy` of the
 same process and options.
 """
 
@@ -77,8 +77,9 @@ def speed_tables(
     predicted = prediction_type or ("epsilon" if alphas_cumprod is not None else FLOW_PREDICTION)
     strategy = SpeeDStrategy(process, SpeeDOptions(**options, prediction_type=predicted))
     if strategy.is_loss_aware:
+        learning = ", ".join(f"{name}='{options[name]}'" for name in strategy.learning)
         raise InputError(
-            f"sampling='{options['sampling']}' learns from the losses of the training, so plain tables cannot hold "
-            "it; make a SpeeDStrategy of the process and these options."
+            f"{learning} learns from the losses of the training, so plain tables cannot hold it; make a SpeeDStrategy "
+            "of the process and these options."
         )
     return strategy.tables(progress)

@@ -9,7 +9,7 @@ config and JSON can hold. Parameters that are left out take their defaults, so a
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from .config.schema import Interval
@@ -46,6 +46,21 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A choice of the same registry that a registered function takes by keyword, such as the density of a phase.
+
+    Attributes:
+        name: Its keyword.
+        default: What it is where a choice does not give it, as text.
+        meaning: What it is, in one line.
+    """
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Entry(Generic[F]):
     """A registered function with what a reader needs to choose it.
 
@@ -57,6 +72,7 @@ class Entry(Generic[F]):
         needs_progress: Whether its values change in the course of a training.
         learns: Whether it makes an object that learns from the losses of a training.
         named: Names of published values of the parameters, written in place of them ("gaussian:edm2").
+        part: The choice that it takes by keyword besides its numbers; None: none.
     """
 
     function: F
@@ -66,6 +82,7 @@ class Entry(Generic[F]):
     needs_progress: bool = False
     learns: bool = False
     named: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -76,20 +93,35 @@ class Choice(Generic[F]):
         name: Registered name, or that of a function which is not registered.
         arguments: Value of each parameter by name.
         entry: What is registered under the name.
+        part: The choice that is a part of this one; None: none is.
     """
 
     name: str
     arguments: dict[str, float]
     entry: Entry[F]
+    part: "Choice[F] | None" = None
+
+    @property
+    def needs_progress(self) -> bool:
+        """Whether its values, or those of its part, change in the course of a training."""
+        return self.entry.needs_progress or (self.part is not None and self.part.needs_progress)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it, or its part, learns from the losses of a training."""
+        return self.entry.learns or (self.part is not None and self.part.learns)
 
     def __call__(self, *args: object) -> Any:
         """What the function makes of these arguments and of the parameters."""
-        return self.entry.function(*args, **self.arguments)
+        parts = {self.entry.part.name: self.part} if self.entry.part is not None else {}
+        return self.entry.function(*args, **self.arguments, **parts)
 
     def __str__(self) -> str:
         """The shortest string that means this choice."""
         defaults = {parameter.name: parameter.default for parameter in self.entry.parameters}
         given = [f"{name}={value:.15g}" for name, value in self.arguments.items() if value != defaults[name]]
+        if self.entry.part is not None and str(self.part) != self.entry.part.default:
+            given.append(f"{self.entry.part.name}={self.part}")
         return ":".join([self.name, *filter(None, [",".join(given)])])
 
 
@@ -114,6 +146,7 @@ class Registry(Mapping[str, Entry[F]]):
         needs_progress: bool = False,
         learns: bool = False,
         named: Mapping[str, Mapping[str, float]] | None = None,
+        part: Part | None = None,
     ) -> Callable[[F], F]:
         """Decorator that adds a function under `name`.
 
@@ -125,6 +158,7 @@ class Registry(Mapping[str, Entry[F]]):
             needs_progress: Whether its values change in the course of a training.
             learns: Whether it makes an object that learns from the losses of a training.
             named: Names of published values of the parameters.
+            part: The last of the keyword-only arguments, if it is a choice itself.
 
         Raises:
             ValueError: The name is taken, a value is outside its range, or the function takes other keywords.
@@ -134,7 +168,8 @@ class Registry(Mapping[str, Entry[F]]):
             if name in self._entries:
                 raise ValueError(f"The {self.kind} '{name}' is registered already.")
             keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-            if keywords != [parameter.name for parameter in parameters]:
+            taken = [parameter.name for parameter in parameters] + ([part.name] if part else [])
+            if keywords != taken:
                 raise ValueError(f"The {self.kind} '{name}' takes {keywords}, which are not its parameters.")
             for parameter in parameters:
                 if not parameter.allows(parameter.default):
@@ -143,7 +178,7 @@ class Registry(Mapping[str, Entry[F]]):
                 if not all(parameter.allows(values[parameter.name]) for parameter in parameters):
                     raise ValueError(f"The {self.kind} '{name}' has named values outside its ranges: {values}.")
             self._entries[name] = Entry(
-                function, summary, reference, parameters, needs_progress, learns, dict(named or {})
+                function, summary, reference, parameters, needs_progress, learns, dict(named or {}), part
             )
             return function
 
@@ -151,6 +186,8 @@ class Registry(Mapping[str, Entry[F]]):
 
     def parse(self, text: "str | F | Choice[F]") -> Choice[F]:
         """Reads a choice such as `"min_snr:gamma=5"` or `"gaussian:edm2"`; a bare name takes the defaults.
+
+        Parameters of a part stand beside those of the whole: `"two_phase:first=laplace:scale=1,until=0.5"`.
 
         Args:
             text: The choice. A registered function means its name, another one is taken as it is, and a choice is
@@ -172,25 +209,53 @@ class Registry(Mapping[str, Entry[F]]):
         entry = self[name]
         arguments = {parameter.name: float(parameter.default) for parameter in entry.parameters}
         seen: set[str] = set()
-        parts = [part.strip() for part in rest.split(",")] if colon else []
-        if parts and entry.named and "=" not in parts[0] and parts[0]:
-            if parts[0] not in entry.named:
-                raise unknown_name(f"setting of the {self.kind} '{name}'", parts[0], entry.named)
-            arguments |= {key: float(value) for key, value in entry.named[parts.pop(0)].items()}
-        for part in parts:
-            key, equals, value = (piece.strip() for piece in part.partition("="))
+        pieces = [piece.strip() for piece in rest.split(",")] if colon else []
+        if pieces and entry.named and "=" not in pieces[0] and pieces[0]:
+            if pieces[0] not in entry.named:
+                raise unknown_name(f"setting of the {self.kind} '{name}'", pieces[0], entry.named)
+            arguments |= {key: float(value) for key, value in entry.named[pieces.pop(0)].items()}
+        given, of_part = None, []
+        for piece in pieces:
+            key, equals, value = (word.strip() for word in piece.partition("="))
             if not (key and equals and value):
                 form = f"{name}:{','.join(f'{p.name}={p.default:g}' for p in entry.parameters) or 'name=value'}"
-                raise InputError(f"{self.kind} '{text}': cannot read '{part}'; the form is '{form}'.")
-            if key not in arguments:
+                raise InputError(f"{self.kind} '{text}': cannot read '{piece}'; the form is '{form}'.")
+            is_part = entry.part is not None and key == entry.part.name
+            if key not in arguments and not is_part:
+                if entry.part is not None:
+                    of_part.append(piece)
+                    continue
                 if not entry.parameters:
                     raise InputError(f"{self.kind} '{text}': '{name}' has no parameters.")
                 raise unknown_name(f"parameter of the {self.kind} '{name}'", key, arguments)
             if key in seen:
                 raise InputError(f"{self.kind} '{text}': '{key}' is given twice.")
             seen.add(key)
-            arguments[key] = self._value(text, entry, key, value)
-        return Choice(name, arguments, entry)
+            if is_part:
+                given = value
+            else:
+                arguments[key] = self._value(text, entry, key, value)
+        return Choice(name, arguments, entry, self._part(name, entry, given, of_part))
+
+    def _part(self, name: str, entry: Entry[F], given: str | None, pieces: list[str]) -> "Choice[F] | None":
+        """The choice that is a part of another, from its own text, if given, and from what is not the other's."""
+        part = entry.part
+        if part is None:
+            return None
+        choice = self.parse(part.default if given is None else given)
+        if choice.entry.part is not None:
+            raise InputError(f"{self.kind} '{name}': {part.name}={choice.name} has a part itself; take another.")
+        keys = [piece.partition("=")[0].strip() for piece in pieces]
+        for key in keys:
+            if key not in choice.arguments:
+                allowed = [part.name, *(parameter.name for parameter in entry.parameters), *choice.arguments]
+                raise unknown_name(f"parameter of the {self.kind} '{name}' with {part.name}={choice}", key, allowed)
+        if not keys:
+            return choice
+        if given is not None:
+            return self.parse(f"{given}{',' if ':' in given else ':'}{','.join(pieces)}")
+        changed = self.parse(f"{choice.name}:{','.join(pieces)}").arguments
+        return replace(choice, arguments=choice.arguments | {key: changed[key] for key in keys})
 
     def _value(self, text: str, entry: Entry[F], key: str, value: str) -> float:
         (parameter,) = (parameter for parameter in entry.parameters if parameter.name == key)
@@ -230,7 +295,11 @@ def help_lines(registry: Registry[F]) -> str:
     return " ".join(
         name
         + (
-            ":" + ",".join(f"{p.name}={p.default:g} in {_range(p)} ({p.meaning})" for p in entry.parameters)
+            ":"
+            + ",".join(
+                [f"{p.name}={p.default:g} in {_range(p)} ({p.meaning})" for p in entry.parameters]
+                + ([f"{entry.part.name}={entry.part.default} ({entry.part.meaning})"] if entry.part else [])
+            )
             if entry.parameters
             else ""
         )
@@ -245,6 +314,8 @@ def markdown_table(registry: Registry[F]) -> str:
     lines = ["| name | what it does | parameters | source |", "|---|---|---|---|"]
     for name, entry in registry.items():
         parameters = "<br>".join(f"`{p.name}={p.default:g}` in {_range(p)}: {p.meaning}" for p in entry.parameters)
+        if entry.part is not None:
+            parameters += f"<br>`{entry.part.name}={entry.part.default}`: {entry.part.meaning}"
         for setting, values in entry.named.items():
             parameters += f"<br>`{name}:{setting}`: {', '.join(f'{key} {value:g}' for key, value in values.items())}"
         cells = (f"`{name}`", entry.summary, parameters, entry.reference)

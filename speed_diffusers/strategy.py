@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .config.schema import Interval
 from .errors import InputError
+from .loss_aware import LossAware
 from .process import ForwardProcess
 from .registry import Registry
-from .settings import SpeeDOptions, SpeeDSettings
+from .settings import PREFIX, SpeeDOptions, SpeeDSettings
 from .tables import SpeeDTables
 from .timesteps import (
     DENSITIES,
@@ -28,7 +29,7 @@ from .timesteps import (
     drawn_pmf,
     normalised,
 )
-from .weightings import WEIGHTINGS, checked_weights
+from .weightings import WEIGHTINGS, LossAwareWeighting, checked_weights
 
 BATCHES_BEFORE_WARNING = 200
 
@@ -60,21 +61,29 @@ class SpeeDStrategy:
         _ = DRAWS[options.draw]
         self.settings = SpeeDSettings.resolve(process, options)
         self._sampling, self._weighting = DENSITIES.parse(options.sampling), WEIGHTINGS.parse(options.weighting)
-        self.needs_progress = self._sampling.entry.needs_progress or options.anneal_start < 1.0
-        self.needs_progress |= self._weighting.entry.needs_progress
+        self.needs_progress = self._sampling.needs_progress or options.anneal_start < 1.0
+        self.needs_progress |= self._weighting.needs_progress
         self.pivot = process.dual_pivot if options.draw == PAIRED else None
         self.randint = self._sampling.entry is DENSITIES[UNIFORM] and options.draw == INDEPENDENT
-        self._learner: LossAwareDensity | None = None
-        self._batches_unlearned = 0
+        self._learned_density: LossAwareDensity | None = None
+        self._learned_weights: LossAwareWeighting | None = None
+        self._uses_untold: dict[str, int] = {}
         # Once, not in the course of the training: what changes there lies between what is known to be sound.
-        self._weights = checked_weights(self._weighting, self._weighting(process, self.settings))
-        self._latest = self._make(self.settings, checked_pmf(self._sampling, self._pmf(self.settings)))
+        self._weights = checked_weights(self._weighting, self._weighed(self.settings))
+        density = self._density(self.settings)
+        _ = checked_pmf(self._sampling, density[0])
+        self._latest = self._make(self.settings, *density)
         _ = checked_weights(self._weighting, self._latest.weights)  # their mean under the draws may be 0
 
     @property
     def is_loss_aware(self) -> bool:
-        """Whether the density follows the losses of the training, and so needs `update`."""
-        return self._learner is not None
+        """Whether density or weighting follows the losses of the training, and so needs `update`."""
+        return bool(self._learners)
+
+    @property
+    def learning(self) -> list[str]:
+        """Which of `sampling` and `weighting` follow the losses of the training."""
+        return [option.removeprefix(PREFIX) for option in self._learners]
 
     @property
     def latest_tables(self) -> SpeeDTables:
@@ -104,27 +113,37 @@ class SpeeDStrategy:
             k = self.options.k + (1.0 - self.options.k) * self._annealed(progress)
             # Found or not, tau was reported when the strategy was made.
             settings = replace(self.settings, k=k, progress=progress, tau_found=True)
-            if self._weighting.entry.needs_progress:
-                self._weights = self._weighting(self.process, settings)
-            self._latest = self._make(settings, self._pmf(settings))
+            if self._weighting.needs_progress:
+                self._weights = self._weighed(settings)
+            self._latest = self._make(settings, *self._density(settings))
         return self._latest
 
     def tables_to_draw(self, progress: float | None = None) -> SpeeDTables:
         """The tables for a draw: those of `tables`, with a warning where a loss-aware density is told nothing."""
-        if self._learner is not None:
-            self._batches_unlearned += 1
-            if self._batches_unlearned == BATCHES_BEFORE_WARNING:
-                # Not logged: a script's own handlers may leave out what a library logs.
-                warnings.warn(
-                    f"speed_sampling='{self._sampling}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were "
-                    "drawn without update_speed, so it stays as it is. Tell it the losses of each timestep.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+        self._count_use(self._learned_density, str(self._sampling))
         return self.tables(progress)
 
+    def tables_to_weigh(self, progress: float | None = None) -> SpeeDTables:
+        """The tables for weights: those of `tables`, with a warning where a loss-aware weighting is told nothing."""
+        self._count_use(self._learned_weights, str(self._weighting))
+        return self.tables(progress)
+
+    def _count_use(self, learner: LossAware | None, choice: str) -> None:
+        if learner is None:
+            return
+        option = learner.OPTION
+        self._uses_untold[option] = self._uses_untold.get(option, 0) + 1
+        if self._uses_untold[option] == BATCHES_BEFORE_WARNING:
+            # Not logged: a script's own handlers may leave out what a library logs.
+            warnings.warn(
+                f"{option}='{choice}' is loss-aware, but {BATCHES_BEFORE_WARNING} batches were drawn or weighed "
+                "without update_speed, so it stays as it is. Tell it the losses of each timestep.",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def update(self, error_sums: Tensor, error_counts: Tensor) -> None:
-        """Tells a loss-aware density the errors of one or more batches, summed over all processes.
+        """Tells what is loss-aware the errors of one or more batches, summed over all processes.
 
         The tensors are read on the CPU, which waits for their device; where the loop synchronises anyway is the place
         to call it. One call adds one entry to each timestep's history, whatever the number of batches.
@@ -135,36 +154,68 @@ class SpeeDStrategy:
             error_counts: Shape (T,): how many samples that were.
 
         Raises:
-            InputError: The density does not learn, or the tensors are of another shape.
+            InputError: Neither density nor weighting learns, or the tensors are of another shape.
         """
-        learner = self._learning()
-        learner.update(error_sums, error_counts, self._weights)
-        self._batches_unlearned = 0
-        self._latest = self._make(self.settings, learner.pmf())
+        for learner in self._learning().values():
+            learner.update(error_sums, error_counts, self._weights)
+        self._uses_untold.clear()
+        self._learned()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the density has learned, as plain tensors for a checkpoint.
+        """What density and weighting have learned, as plain tensors for a checkpoint, named `OPTION.NAME`.
 
         Raises:
-            InputError: The density does not learn.
+            InputError: Neither learns.
         """
-        return self._learning().state_dict()
+        return {
+            f"{option}.{name}": value
+            for option, learner in self._learning().items()
+            for name, value in learner.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to what the density had learned.
+        """Goes back to what density and weighting had learned.
+
+        Args:
+            state: From `state_dict`. A name without an option, as when only densities learned, is a density's.
 
         Raises:
-            InputError: The density does not learn, or the state is that of another.
+            InputError: Neither learns, or the state is that of other choices; nothing has changed.
         """
-        learner = self._learning()
-        learner.load_state_dict(state)
-        self._latest = self._make(self.settings, learner.pmf())
+        learners = self._learning()
+        parts: dict[str, dict[str, Tensor]] = {option: {} for option in learners}
+        for name, value in state.items():
+            option, dot, own = name.rpartition(".")
+            option = option if dot else LossAwareDensity.OPTION
+            if option not in parts:
+                raise InputError(f"The state is of {option} too, which learns nothing here.")
+            parts[option][own] = value
+        for option, learner in learners.items():
+            learner.check_state_dict(parts[option])
+        for option, learner in learners.items():
+            learner.load_state_dict(parts[option])
+        self._learned()
 
-    def _learning(self) -> LossAwareDensity:
-        if self._learner is None:
-            learning = ", ".join(name for name, entry in DENSITIES.items() if entry.learns)
-            raise InputError(f"speed_sampling='{self._sampling}' learns nothing; those that do: {learning}.")
-        return self._learner
+    @property
+    def _learners(self) -> dict[str, LossAware]:
+        """What learns, by its option."""
+        return {each.OPTION: each for each in (self._learned_density, self._learned_weights) if each is not None}
+
+    def _learning(self) -> dict[str, LossAware]:
+        if not self._learners:
+            names = [name for registry in REGISTRIES.values() for name, entry in registry.items() if entry.learns]
+            raise InputError(
+                f"speed_sampling='{self._sampling}' speed_weighting='{self._weighting}' learns nothing; "
+                f"those that do: {', '.join(names)}."
+            )
+        return self._learners
+
+    def _learned(self) -> None:
+        """Makes the tables again after something was learned."""
+        if self._learned_weights is not None:
+            self._weights = self._learned_weights.weights()
+        settings = self._latest.settings
+        self._latest = self._make(settings, *self._density(settings))
 
     def _annealed(self, progress: float) -> float:
         """Share of the way of k to 1."""
@@ -173,15 +224,26 @@ class SpeeDStrategy:
             return 0.0
         return 1.0 if progress >= end else (progress - start) / (end - start)
 
-    def _pmf(self, settings: SpeeDSettings) -> Tensor:
-        density = self._learner or self._sampling(self.process, settings)
-        if isinstance(density, LossAwareDensity):
-            self._learner = density
-            return density.pmf()
-        return normalised(density)
+    def _density(self, settings: SpeeDSettings) -> tuple[Tensor, Tensor | None]:
+        """Probabilities, and what undoes them in the loss, if that is undone."""
+        made: Tensor | LossAwareDensity | None = self._learned_density
+        if made is None or self._sampling.needs_progress:
+            made = self._sampling(self.process, settings)
+        if isinstance(made, LossAwareDensity):
+            # The one that was made first has learned: one phase of several may be loss-aware.
+            self._learned_density = self._learned_density or made
+            return self._learned_density.pmf(), self._learned_density.importance_weights()
+        return normalised(made), None
 
-    def _make(self, settings: SpeeDSettings, pmf: Tensor) -> SpeeDTables:
-        importance = self._learner.importance_weights() if self._learner else None
+    def _weighed(self, settings: SpeeDSettings) -> Tensor:
+        made = self._learned_weights or self._weighting(self.process, settings)
+        if isinstance(made, LossAwareWeighting):
+            self._learned_weights = made
+            return made.weights()
+        weights: Tensor = made
+        return weights
+
+    def _make(self, settings: SpeeDSettings, pmf: Tensor, importance: Tensor | None) -> SpeeDTables:
         weights = self._weights if importance is None else self._weights * importance
         if self.options.normalize_weights:
             weights = weights / (drawn_pmf(pmf, self.options.draw, self.pivot) * weights).sum()

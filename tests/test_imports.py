@@ -25,6 +25,7 @@ HEART = {
     "process": 2,
     "predictions": 3,
     "settings": 3,
+    "loss_aware": 3,
     "timesteps": 4,
     "weightings": 4,
     "tables": 5,

@@ -273,13 +273,22 @@ def test_every_value_inside_the_ranges_is_sound(
     assert faults == []
 
 
-@pytest.mark.parametrize("name", [name for name, entry in DENSITIES.items() if entry.learns])
-def test_what_learns_stays_sound_at_the_ends_of_its_ranges(name: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (option, name)
+        for option, registry in (("sampling", DENSITIES), ("weighting", WEIGHTINGS))
+        for name, entry in registry.items()
+        if entry.learns
+    ],
+)
+def test_what_learns_stays_sound_at_the_ends_of_its_ranges(option: str, name: str) -> None:
     process = process_of("linear, T=10")
     errors = torch.tensor([0.0, 1e30, 1e-30, *[1.0] * 6, torch.inf], dtype=torch.float64)
     faults = []
-    for text, _ in choices_at_the_ends(name, DENSITIES[name].parameters):
-        strategy = SpeeDStrategy(process, SpeeDOptions(sampling=text, weighting="none"))
+    registry = {"sampling": DENSITIES, "weighting": WEIGHTINGS}[option]
+    for text, _ in choices_at_the_ends(name, registry[name].parameters):
+        strategy = SpeeDStrategy(process, SpeeDOptions(**{"weighting": "none", option: text}))  # type: ignore[arg-type]
         for _ in range(1001 if "history=1000" in text else 11):  # until it has seen enough to leave uniform draws
             strategy.update(errors.nan_to_num(posinf=1.0), torch.ones(10))
         strategy.update(errors, torch.ones(10))

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, unknown_name
 from ..presets import PRESETS
 from ..process import Areas
+from ..registry import Registry
 from ..schedulers import speed_scheduler
 from ..settings import SPEED_DEFAULTS
 from ..strategy import REGISTRIES
@@ -130,9 +131,12 @@ def describe_strategies(strategies: Mapping[str, SpeeDTables], areas: Areas) -> 
 
 
 def _learns(name: str) -> bool:
-    """Whether the density of a strategy adapts to the errors of the training, which a plan cannot know."""
+    """Whether a strategy follows the errors of the training, which a plan cannot know."""
     parts = PLUS.split(name)
-    return len(parts) > 1 and DENSITIES.parse(parts[0]).entry.learns
+    registries: list[Registry[Any]] = list(REGISTRIES.values())
+    return len(parts) > 1 and any(
+        registry.parse(part).learns for part, registry in zip(parts, registries, strict=False)
+    )
 
 
 def _words(area: range) -> str:

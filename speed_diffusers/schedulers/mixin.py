@@ -80,7 +80,7 @@ class SpeeDSchedulerMixin:
         """What draws and weighs, built on first use and again when the config's `prediction_type` has changed.
 
         Some trainers set that type with `register_to_config` after the scheduler was made; weightings by SNR depend on
-        it. What a density has learned is then forgotten, for it was learned from other errors.
+        it. What was learned is then forgotten, for it was learned from other errors.
 
         Raises:
             InputError: A `speed_` value is outside its range or names nothing, or the host cannot be read.
@@ -144,7 +144,7 @@ class SpeeDSchedulerMixin:
         Raises:
             InputError: `progress` is needed and not given, or outside [0, 1].
         """
-        return weights(self.speed_strategy.tables(progress), self.timestep_indices(timesteps))
+        return weights(self.speed_strategy.tables_to_weigh(progress), self.timestep_indices(timesteps))
 
     def importance_weights(self, timesteps: Tensor, progress: float | None = None) -> Tensor:
         """What undoes the density in the loss of each timestep of a batch, for terms that carry no loss weight.
@@ -170,11 +170,11 @@ class SpeeDSchedulerMixin:
 
     @property
     def speed_is_loss_aware(self) -> bool:
-        """Whether the density follows the losses of the training, and so needs `update_speed`."""
+        """Whether density or weighting follows the losses of the training, and so needs `update_speed`."""
         return self.speed_strategy.is_loss_aware
 
     def update_speed(self, error_sums: Tensor, error_counts: Tensor) -> None:
-        """Tells a loss-aware density the errors of one or more batches, summed over all processes.
+        """Tells a loss-aware density or weighting the errors of one or more batches, summed over all processes.
 
         Args:
             error_sums: Shape (T,), by `timestep_indices`: sum over the samples of each timestep of the prediction's
@@ -182,23 +182,24 @@ class SpeeDSchedulerMixin:
             error_counts: Shape (T,): how many samples that were.
 
         Raises:
-            InputError: `speed_sampling` does not learn, or the tensors are of another shape.
+            InputError: Neither `speed_sampling` nor `speed_weighting` learns, or the tensors are of another shape.
         """
         self.speed_strategy.update(error_sums, error_counts)
 
     def speed_state_dict(self) -> dict[str, Tensor]:
-        """What the density has learned, as plain tensors for a checkpoint; the config does not hold it.
+        """What density and weighting have learned, as plain tensors for a checkpoint; the config does not hold it.
 
         Raises:
-            InputError: `speed_sampling` does not learn.
+            InputError: Neither `speed_sampling` nor `speed_weighting` learns.
         """
         return self.speed_strategy.state_dict()
 
     def load_speed_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to what the density had learned.
+        """Goes back to what density and weighting had learned.
 
         Raises:
-            InputError: `speed_sampling` does not learn, or the state is that of another density or process.
+            InputError: Neither `speed_sampling` nor `speed_weighting` learns, or the state is that of other choices or
+                another process.
         """
         self.speed_strategy.load_state_dict(state)
 

@@ -8,7 +8,7 @@ from .speed import UNIFORM  # first, because tables and help keep the order of r
 
 # isort: split
 
-from . import loss_aware, noise, position  # noqa: F401  (they register their densities)
+from . import loss_aware, noise, phases, position  # noqa: F401  (they register their densities)
 from .density import DENSITIES, Density, checked_pmf, normalised, timestep_pmf
 from .draw import (
     DRAWS,

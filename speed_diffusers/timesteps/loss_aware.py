@@ -129,10 +129,16 @@ class InformationRate(LossAwareDensity):
     "infonoise",
     summary="InfoNoise: by the information per log sigma that the network's errors show, over the loss weight.",
     reference="InfoNoise, [arXiv 2602.18647](https://arxiv.org/abs/2602.18647), as public ports of it read: error "
-    "of x_0 / sigma^2, gated by sigma^3 / (sigma^3 + c^3), divided by the weight on the error of x_0; not checked "
-    "against the paper",
+    "of x_0 / sigma^2, gated by sigma^3 / (sigma^3 + c^3), divided by the weight on the error of x_0, "
+    "search=0.002 being its rule for c; not checked against the paper",
     parameters=(
         Parameter("gate", 0.3, "[0, 10]", "c, the sigma = SNR^-1/2 below which draws fall off; 0: no gate"),
+        Parameter(
+            "search",
+            0.0,
+            "[0, 1)",
+            "c is instead the largest sigma at which the error of x_0 / sigma^3 is this share of its peak; 0: gate is",
+        ),
         Parameter("bins", 100, "[2, 10000]", "ranges of timesteps whose errors are averaged; T at most", True),
         Parameter("decay", 0.99, "[0, 1)", "of the running mean of each range's errors, an update"),
         Parameter("uniform", 0.01, "[0, 1]", UNIFORM_SHARE),
@@ -152,24 +158,40 @@ class InfoNoise(InformationRate):
         settings: SpeeDSettings,
         *,
         gate: float,
+        search: float,
         bins: float,
         decay: float,
         uniform: float,
     ) -> None:
         super().__init__(process, settings, bins=bins, decay=decay, uniform=uniform)
-        sigma = torch.exp(-0.5 * process.finite_log_snr)
+        self.fixed_gate, self.search = gate, search
+        self.sigma = torch.exp(-0.5 * process.finite_log_snr)
         # Squared error of epsilon is that of x_0 / sigma^2, so a weight w_p on the prediction's error is
         # w_p / (sigma^2 to_epsilon) on that of x_0.
-        self.factor = sigma.square() * self.to_epsilon * sigma.pow(3) / (sigma.pow(3) + gate**3)
+        self.factor = self.sigma.square() * self.to_epsilon
         self.state["weights"] = torch.ones(process.num_train_timesteps, dtype=torch.float64)
 
     def _learn(self, sums: Tensor, counts: Tensor, weights: Tensor) -> None:
         super()._learn(sums, counts, weights)
         self.state["weights"].copy_(weights)
 
+    @property
+    def gate(self) -> float:
+        """c: as given, or from the errors seen so far.
+
+        The rule scans from the largest sigma, where the error of x_0 has stopped growing and error / sigma^3 is small,
+        to the first one at which that ratio is no longer small beside its peak.
+        """
+        # Error of x_0 / sigma^3 is that of epsilon / sigma.
+        onset = self.state["mean"][self.bin_of_step] / self.sigma
+        if not self.search or not bool((onset > 0).any()):
+            return self.fixed_gate
+        return float(self.sigma[onset >= self.search * onset.max()].max())
+
     def pmf(self) -> Tensor:
         """Uniform until every range has seen `WARM_UP` updates."""
         warm = bool((self.state["seen"] >= self.WARM_UP).all())
         errors, weights = self.state["mean"][self.bin_of_step], self.state["weights"]
-        rate = torch.where(weights > 0, errors * self.factor / weights.clamp_min(1e-300), 0.0) * self.speed
+        gated = errors * self.factor * self.sigma.pow(3) / (self.sigma.pow(3) + self.gate**3)
+        rate = torch.where(weights > 0, gated / weights.clamp_min(1e-300), 0.0) * self.speed
         return _with_uniform(rate if warm else torch.zeros_like(errors), self.uniform)

@@ -1,56 +1,21 @@
-"""What learns its density from the losses of the training: an object with state that a checkpoint can hold."""
+"""What a density is that learns from the losses of the training."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..process import ForwardProcess
+from ..loss_aware import LossAware
 
 
-class LossAwareDensity(ABC):
+class LossAwareDensity(LossAware):
     """A density that follows the errors it is told of.
-
-    Its state is float64 and int64 tensors on the CPU, changed by nothing but `update`; processes that are given the
-    same sums, reduced over all of them, therefore stay the same to the last bit.
 
     Args:
         process: The forward process.
     """
 
-    def __init__(self, process: ForwardProcess) -> None:
-        self.process = process
-        self.state: dict[str, Tensor] = {}
-
-    def update(self, error_sums: Tensor, error_counts: Tensor, weights: Tensor) -> None:
-        """Takes in the errors of one or more batches.
-
-        Timesteps without an error, or whose sum is not finite, are left as they were.
-
-        Args:
-            error_sums: Shape (T,): sum over the samples of each timestep of the prediction's unweighted
-                mean squared error.
-            error_counts: Shape (T,): how many samples that were.
-            weights: Shape (T,), float64: the loss weight of each timestep, without importance weight.
-
-        Raises:
-            InputError: Another shape, or a negative count.
-        """
-        num_timesteps = self.process.num_train_timesteps
-        for name, values in (("error_sums", error_sums), ("error_counts", error_counts)):
-            if tuple(values.shape) != (num_timesteps,):
-                raise InputError(f"{name}: its shape must be ({num_timesteps},), but is {tuple(values.shape)}.")
-        sums = error_sums.detach().to("cpu", torch.float64)
-        counts = error_counts.detach().to("cpu", torch.float64)
-        if bool((counts < 0).any()):
-            raise InputError(f"error_counts: must be at least 0, but the smallest is {float(counts.min())}.")
-        counts = torch.where(torch.isfinite(sums), counts, 0.0)
-        self._learn(torch.where(counts > 0, sums, 0.0), counts, weights)
-
-    @abstractmethod
-    def _learn(self, sums: Tensor, counts: Tensor, weights: Tensor) -> None:
-        """Changes the state; the arguments are those of `update`, checked, float64 and on the CPU."""
+    OPTION: ClassVar[str] = "speed_sampling"
 
     @abstractmethod
     def pmf(self) -> Tensor:
@@ -59,23 +24,3 @@ class LossAwareDensity(ABC):
     def importance_weights(self) -> Tensor | None:
         """What the loss of each timestep is multiplied by to undo the density, shape (T,); None: it is not undone."""
         return None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the state, for a checkpoint."""
-        return {name: value.clone() for name, value in self.state.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes back to a state.
-
-        Raises:
-            InputError: The state is that of another density or process.
-        """
-        if set(state) != set(self.state):
-            raise InputError(f"State of speed_sampling: has {sorted(state)}, but {sorted(self.state)} is needed.")
-        for name, mine in self.state.items():
-            if state[name].shape != mine.shape:
-                raise InputError(
-                    f"State of speed_sampling: '{name}' has the shape {tuple(state[name].shape)}, but "
-                    f"{tuple(mine.shape)} is needed; the number of timesteps or a parameter has changed."
-                )
-        self.state = {name: state[name].detach().to("cpu", mine.dtype).clone() for name, mine in self.state.items()}

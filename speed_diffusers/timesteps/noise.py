@@ -161,25 +161,6 @@ def cauchy(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, sca
 
 
 @DENSITIES.register(
-    "two_phase",
-    summary="Log SNR is normal at first; from a share of the training on every timestep is drawn alike.",
-    reference="[arXiv 2603.12517](https://arxiv.org/abs/2603.12517): mid-biased densities help early and end worse "
-    "than uniform; mean and std are ours to choose",
-    parameters=(
-        Parameter("mean", -1.0, "[-20, 20]", "of log SNR in the first phase; higher favours little noise"),
-        Parameter("std", 2.0, "[1e-6, 100]", "of log SNR in the first phase"),
-        Parameter("until", 0.6, "(0, 1]", "share of the training after which draws are uniform"),
-    ),
-    needs_progress=True,
-)
-def two_phase(process: ForwardProcess, settings: SpeeDSettings, *, mean: float, std: float, until: float) -> Tensor:
-    """A Gaussian over log SNR, then uniform."""
-    if settings.progress >= until:
-        return torch.ones(process.num_train_timesteps, dtype=torch.float64)
-    return _bell((process.finite_log_snr - mean) / std) * process.log_snr_speed
-
-
-@DENSITIES.register(
     "lognorm",
     summary="The rival 'lognorm' of SpeeD's code: a logit-normal of the noise's standard deviation, tilted to noise.",
     reference="NUS-HPC-AI-Lab/SpeeD on GitHub: logit-normal(0, 1) of x = sqrt(1 - abar) times x / (1 - x), without a "

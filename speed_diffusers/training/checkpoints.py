@@ -79,7 +79,7 @@ def save_checkpoint(
         optimizer: The optimizer itself, not accelerate's wrapper.
         state: Anything else to keep, as JSON values.
         is_main_process: Whether this process writes.
-        learned: What the density over timesteps has learned, if it does; whole tensors.
+        learned: What density and weighting over timesteps have learned, if they do; whole tensors.
         tracks: Power-function averages, if the run keeps some; whole tensors.
 
     Returns:
@@ -204,7 +204,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def load_learned(folder: Path) -> dict[str, Tensor]:
-    """What the density over timesteps had learned; empty where the checkpoint holds nothing of it.
+    """What density and weighting over timesteps had learned; empty where the checkpoint holds nothing of it.
 
     Raises:
         InputError: The file is no safetensors file.

@@ -1,4 +1,4 @@
-"""Tells a loss-aware density the errors of the training, every so many optimizer steps."""
+"""Tells what is loss-aware the errors of the training, every so many optimizer steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ class ErrorFeedback:
     """Sums of unweighted errors by timestep, kept on the device until the next update.
 
     Args:
-        scheduler: A SpeeD scheduler whose `speed_sampling` learns.
+        scheduler: A SpeeD scheduler whose `speed_sampling` or `speed_weighting` learns.
         device: Where errors and timesteps are.
     """
 
@@ -38,7 +38,7 @@ class ErrorFeedback:
         self.totals.index_add_(1, indices, torch.stack((squared_error, torch.ones_like(squared_error))))
 
     def advance(self, done: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Updates the density if it is time.
+        """Updates density and weighting if it is time.
 
         Args:
             done: Optimizer steps done.
@@ -49,16 +49,16 @@ class ErrorFeedback:
             self.totals.zero_()
 
     def state_dict(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """What the density has learned, and what it has not been told yet, over all processes."""
+        """What density and weighting have learned, and what they have not been told yet, over all processes."""
         return {**self.scheduler.speed_state_dict(), _PENDING: reduce(self.totals.clone()).cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, is_main_process: bool) -> None:
         """Goes on from a state; the main process takes what is pending, for it counts once.
 
         Raises:
-            InputError: The state is missing, or that of another density.
+            InputError: The state is missing, or that of other choices.
         """
         if _PENDING not in state:
-            raise InputError("The checkpoint holds nothing that speed_sampling has learned.")
+            raise InputError("The checkpoint holds nothing that speed_sampling or speed_weighting has learned.")
         self.scheduler.load_speed_state_dict({key: value for key, value in state.items() if key != _PENDING})
         self.totals.copy_(state[_PENDING] if is_main_process else torch.zeros_like(self.totals))

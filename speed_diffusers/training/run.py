@@ -58,7 +58,7 @@ class TrainingRun:
     scheduler: TrainingScheduler
     learned_variance: LearnedVariance | None
     feedback: ErrorFeedback | None
-    """Of a loss-aware density; None for all others."""
+    """For a loss-aware density or weighting; None where neither is."""
     source: ImageSource
     bad_images: BadImages
     """Those that this process has met; at logging steps, those of all processes."""

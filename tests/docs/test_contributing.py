@@ -18,7 +18,7 @@ EXAMPLES = {
 # Module that an example is pasted into, at its end or before the line given here, and a program that uses it.
 PLACES = {
     "Adding a density": ("speed_diffusers/timesteps/position.py", None),
-    "Adding a weighting": ("speed_diffusers/weightings.py", None),
+    "Adding a weighting": ("speed_diffusers/weightings/fixed.py", None),
     "Adding a metric": ("speed_diffusers/metrics/frechet.py", None),
     "Adding a feature extractor": ("speed_diffusers/metrics/extractors.py", None),
     "Adding an option": ("speed_diffusers/training/config.py", "    lr_warmup_steps: int"),

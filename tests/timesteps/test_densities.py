@@ -275,3 +275,65 @@ def test_two_phases() -> None:
         now = replace(settings, progress=progress)
         pmf = timestep_pmf("two_phase:until=0.4", process, now)
         assert torch.equal(pmf, timestep_pmf(other, process, settings))
+
+
+@pytest.mark.parametrize("first", [name for name in DENSITIES if name != "two_phase"])
+def test_two_phases_over_any_density(first: str) -> None:
+    process = process_named("linear")
+    for progress in (0.0, 0.5):  # of a density that moves itself too
+        now = settings_of(process)
+        now = replace(now, progress=progress)
+        pmf = timestep_pmf(f"two_phase:first={first}", process, now)
+        assert torch.equal(pmf, timestep_pmf(first, process, now))
+    done = replace(settings_of(process), progress=0.6)
+    uniform = torch.full((1000,), 1e-3, dtype=torch.float64)
+    assert torch.equal(timestep_pmf(f"two_phase:first={first}", process, done), uniform)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "until", "short"),
+    [
+        ("two_phase", "gaussian:mean=-1", 0.6, "two_phase"),
+        (
+            "two_phase:std=1,until=0.5",
+            "gaussian:mean=-1,std=1",
+            0.5,
+            "two_phase:until=0.5,first=gaussian:mean=-1,std=1",
+        ),
+        ("two_phase:first=gaussian", "gaussian", 0.6, "two_phase:first=gaussian"),
+        ("two_phase:first=gaussian:edm2,until=0.6", "gaussian:mean=-0.6", 0.6, "two_phase:first=gaussian:mean=-0.6"),
+        (
+            "two_phase:first=laplace:mean=1,scale=2,until=0.3,uniform=0.1",
+            "laplace:mean=1,scale=2,uniform=0.1",
+            0.3,
+            "two_phase:until=0.3,first=laplace:mean=1,scale=2,uniform=0.1",
+        ),
+        ("two_phase:scale=2,first=laplace", "laplace:scale=2", 0.6, "two_phase:first=laplace:scale=2"),
+    ],
+)
+def test_a_first_phase_has_its_parameters_beside_those_of_the_whole(
+    text: str, first: str, until: float, short: str
+) -> None:
+    choice = DENSITIES.parse(text)
+    assert choice.part == DENSITIES.parse(first) and choice.arguments == {"until": until}
+    assert str(choice) == short and DENSITIES.parse(short) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("two_phase:first=gausian", "'gausian'. Did you mean 'gaussian'"),
+        ("two_phase:untl=0.5", "'two_phase' with first=gaussian:mean=-1 'untl'. Did you mean 'until'"),
+        ("two_phase:first=laplace,std=2", "with first=laplace 'std'. .*Allowed: first, mean, scale, uniform, until"),
+        ("two_phase:first=two_phase", "first=two_phase has a part itself; take another"),
+        ("two_phase:first=beta,first=cauchy", "'first' is given twice"),
+        ("two_phase:first=gaussian:mean=1,mean=2", "'mean' is given twice"),
+        ("two_phase:first=", "cannot read 'first='"),
+        ("two_phase:std=0", r"std=0 must be in \[1e-6, 100\]"),
+        ("gaussian:first=beta", "Unknown parameter of the timestep density .*'gaussian' 'first'"),
+    ],
+)
+def test_a_first_phase_that_is_none_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        DENSITIES.parse(text)
+    assert "\n" not in str(caught.value)

@@ -150,7 +150,9 @@ def test_a_density_that_does_not_learn_says_so(name: str) -> None:
         lambda: scheduler.speed_state_dict(),
         lambda: scheduler.load_speed_state_dict({}),
     ):
-        with pytest.raises(InputError, match="learns nothing; those that do: loss_second_moment, information_rate"):
+        with pytest.raises(
+            InputError, match="learns nothing; those that do: loss_second_moment, information_rate, .*y"
+        ):
             call()
 
 
@@ -229,3 +231,46 @@ def test_infonoise_falls_off_below_its_gate_and_where_nothing_is_weighed() -> No
     free._weights = torch.ones(1000).double().index_fill(0, torch.arange(100), 0.0)
     feed(free, torch.ones(1000).double(), 1)
     assert not free.tables().pmf[:100].any() and bool((free.tables().pmf[100:] > 0).all())
+
+
+def test_infonoise_finds_its_gate_where_the_error_over_sigma_cubed_begins_to_count() -> None:
+    searched = strategy(sampling="infonoise:search=0.002,uniform=0,bins=1000", weighting="none")
+    process = searched.process
+    sigma = torch.exp(-0.5 * process.finite_log_snr)
+    assert searched._learned_density.gate == 0.3  # type: ignore[union-attr]
+    feed(searched, 1.0 / (1.0 + sigma.square()), 10)  # of epsilon on the Gaussian channel
+    # There error / sigma^3 is 1 / (sigma (1 + sigma^2)), whose peak is at the least noise.
+    level = 0.002 / float(sigma[0] * (1.0 + sigma[0] ** 2))
+    roots = np.roots([1.0, 0.0, 1.0, -1.0 / level])
+    (root,) = roots[np.isreal(roots)].real
+    gate = searched._learned_density.gate  # type: ignore[union-attr]
+    assert 1.0 < root < 3.0
+    assert gate == float(sigma[sigma <= root][-1])
+    pinned = strategy(sampling=f"infonoise:gate={gate!r},uniform=0,bins=1000", weighting="none")
+    feed(pinned, 1.0 / (1.0 + sigma.square()), 10)
+    torch.testing.assert_close(searched.tables().pmf, pinned.tables().pmf, rtol=1e-12, atol=0)
+
+
+def test_a_loss_aware_first_phase_learns_and_is_undone_only_while_it_lasts() -> None:
+    scheduler = SpeeDDDPMScheduler(
+        speed_sampling="two_phase:first=loss_second_moment,until=0.5", speed_weighting="none"
+    )
+    assert scheduler.speed_is_loss_aware
+    scheduler.sample_timesteps(4, progress=0.2)
+    alone = strategy(sampling="loss_second_moment", weighting="none")
+    errors = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64)
+    for _ in range(10):
+        scheduler.update_speed(errors, torch.ones(1000))
+    feed(alone, errors, 10, count=1.0)
+    during = scheduler.speed_strategy.tables(0.2)
+    assert torch.equal(during.pmf, alone.tables().pmf) and torch.equal(during.weights, alone.tables().weights)
+    after = scheduler.speed_strategy.tables(0.5)
+    assert torch.equal(after.pmf, torch.full_like(errors, 1e-3))
+    assert torch.equal(after.weights, torch.ones_like(errors))
+    scheduler.update_speed(errors, torch.ones(1000))  # later than the phase, as a loop does to its end
+    assert torch.equal(scheduler.speed_tables.weights, torch.ones_like(errors))
+    resumed = SpeeDDDPMScheduler.from_config(scheduler.config)
+    resumed.load_speed_state_dict(scheduler.speed_state_dict())
+    for progress in (0.3, 0.7):
+        mine, theirs = (each.speed_strategy.tables(progress) for each in (scheduler, resumed))
+        assert torch.equal(mine.pmf, theirs.pmf) and torch.equal(mine.weights, theirs.weights)

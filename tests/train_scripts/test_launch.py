@@ -119,17 +119,22 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
 
 
 def test_two_processes_train_as_one_does(train: Callable[..., Path], tiny_options: list[str], tmp_path: Path) -> None:
-    options = [part for part in tiny_options if not part.startswith(("train_batch_size", "output_dir"))]
+    named = ("train_batch_size", "output_dir", "max_train_steps", "checkpointing_steps", "logging_steps")
+    options = [part for part in tiny_options if not part.startswith(named)]
     extra = ["optimizer=muon", "ema_tracks=0.05,0.1"]  # AdamW has its share of the parameters
+    # What learns is told at step 50.
+    extra += ["speed_sampling=information_rate:bins=2", "speed_weighting=uncertainty:bins=2", "num_train_timesteps=8"]
+    extra += ["max_train_steps=54", "checkpointing_steps=None", "logging_steps=10"]
     train(tmp_path / "one", *extra)
     pair = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *options, *extra]
     together = launch([*pair, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"])
     assert together.returncode == 0, together.stderr
     assert "2 per device x 2 process(es) x 1 accumulated" in together.stdout
-    for file in ("ema", "ema_tracks"):
+    for file in ("ema", "ema_tracks", "speed"):
         first, second = (
-            load_file(tmp_path / name / "checkpoint-12" / f"{file}.safetensors") for name in ("one", "two")
+            load_file(tmp_path / name / "checkpoint-54" / f"{file}.safetensors") for name in ("one", "two")
         )
+        assert first.keys() == second.keys()
         for name, value in first.items():
             torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
 

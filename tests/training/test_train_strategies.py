@@ -30,19 +30,26 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("density", ["loss_second_moment", "information_rate"])
-def test_a_density_that_learns_resumes_exactly_between_two_updates(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, density: str
+@pytest.mark.parametrize(
+    "learning",
+    [
+        ["speed_sampling=loss_second_moment"],
+        ["speed_sampling=two_phase:first=information_rate,until=0.7", "speed_weighting=uncertainty:bins=2"],
+    ],
+)
+def test_what_learns_resumes_exactly_between_two_updates(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning: list[str]
 ) -> None:
     monkeypatch.setattr(feedback, "STEPS_BETWEEN_UPDATES", 4)  # and checkpoints are saved at 5, 10 and 12
-    strategy = [f"speed_sampling={density}", "num_train_timesteps=8", "num_inference_steps=2"]
+    strategy = [*learning, "num_train_timesteps=8", "num_inference_steps=2"]
     whole = train(tmp_path / "whole", *strategy)
     shutil.copytree(whole, tmp_path / "broken")
     for name in ("checkpoint-10", "checkpoint-12", "pipeline"):
         shutil.rmtree(tmp_path / "broken" / name)
     broken = train(tmp_path / "broken", *strategy, "resume_from_checkpoint=latest")
     one, other = tensors(whole / "checkpoint-12"), tensors(broken / "checkpoint-12")
-    assert one.keys() == other.keys() and any(name.startswith("speed/") for name in one)
+    names = {name.removeprefix("speed/").split(".")[0] for name in one if name.startswith("speed/")}
+    assert one.keys() == other.keys() and names == {"pending", *(option.split("=")[0] for option in learning)}
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert metrics(whole) == metrics(broken)
     (broken / "checkpoint-12" / "speed.safetensors").write_bytes(b"damaged")
@@ -62,7 +69,7 @@ def test_feedback_is_the_sum_of_errors_since_the_last_update() -> None:
     errors.advance(feedback.STEPS_BETWEEN_UPDATES, lambda tensor: 2 * tensor)
     assert told[0].tolist() == [6, 0, 0, 0, 0, 16] and told[1].tolist() == [4, 0, 0, 0, 0, 4]
     assert not errors.totals.any()
-    with pytest.raises(InputError, match="holds nothing that speed_sampling has learned"):
+    with pytest.raises(InputError, match="holds nothing that speed_sampling or speed_weighting has learned"):
         errors.load_state_dict({}, is_main_process=True)
 
 

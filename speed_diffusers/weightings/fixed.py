@@ -1,7 +1,4 @@
-"""w(t): how much the error at each timestep counts in the loss.
-
-To add a weighting write one function here that maps a process and the settings to T numbers and register it; its name
-is then a value of `speed_weighting` everywhere.
+"""Weightings that follow from the noise schedule alone.
 
 Published weights are defined here once, on the squared error of epsilon, and turned into weights on the error of
 whatever the network predicts (`predictions.py`). SpeeD's own weights multiply the error as it is predicted, whatever
@@ -14,16 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .predictions import weights_by_snr
-from .process import ForwardProcess
-from .registry import Choice, Parameter, Registry
-from .settings import SpeeDSettings
-
-Weighting = Callable[..., Tensor]
-"""Process and settings (and parameters, by keyword) to loss weights, shape (T,), float64, none negative."""
-
-WEIGHTINGS: Registry[Weighting] = Registry("loss weighting (speed_weighting)")
+from ..errors import InputError
+from ..predictions import weights_by_snr
+from ..process import ForwardProcess
+from ..registry import Parameter
+from ..settings import SpeeDSettings
+from .weighting import WEIGHTINGS
 
 MIN_SNR = "Min-SNR, [arXiv 2303.09556](https://arxiv.org/abs/2303.09556), section 3.4"
 SD3 = "SD3, [arXiv 2403.03206](https://arxiv.org/abs/2403.03206), section 3.1"
@@ -202,35 +195,3 @@ def _by_sigma(velocity_weight: Callable[[Tensor], Tensor], process: ForwardProce
         return velocity_weight(1.0 / (1.0 + root)) * ((1.0 + root) / root).square()
 
     return weights_by_snr(epsilon_weight, process, settings.prediction_type)
-
-
-def timestep_weights(
-    choice: str | Weighting | Choice[Weighting], process: ForwardProcess, settings: SpeeDSettings
-) -> Tensor:
-    """The weights that a weighting gives to the timesteps of a process, shape (T,), float64, finite.
-
-    Args:
-        choice: Name of a weighting, with parameters or without, such as "min_snr:gamma=3"; or a function.
-        process: The forward process.
-        settings: SpeeD's numbers; the prediction type says whose error is weighted.
-
-    Raises:
-        InputError: No such weighting or parameter, a parameter outside its range, or it is undefined for the process.
-    """
-    weighting = WEIGHTINGS.parse(choice)
-    return checked_weights(weighting, weighting(process, settings))
-
-
-def checked_weights(choice: Choice[Weighting], weights: Tensor) -> Tensor:
-    """The weights themselves, which train something in float32, the arithmetic of a loss.
-
-    Raises:
-        InputError: One is negative or not finite there, or all are 0: parameters may do together what none does alone.
-    """
-    used = weights.float()
-    if not bool(torch.isfinite(used).all() & (used >= 0).all() & (used > 0).any()):
-        raise InputError(
-            f"speed_weighting='{choice}': the weights run from {float(weights.min()):g} to {float(weights.max()):g}; "
-            "in float32 they must be finite, none negative and not all 0."
-        )
-    return weights
