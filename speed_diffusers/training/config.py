@@ -23,6 +23,9 @@ OPTIMIZERS = ("adamw", "muon")
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 """Of `torch.compile`: what makes kernels, and two that only trace, for tests and for the search for faults."""
 
+COOLDOWN = "warmup_stable_decay"
+"""The schedule by its name in transformers; diffusers has none like it."""
+
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends; it must begin above."""
 
@@ -154,11 +157,22 @@ class TrainConfig(_WithSpeeD):
     learning_rate: float = option(1e-4, "Learning rate after the warm-up.", interval="(0, inf)")
     lr_scheduler: str = option(
         "constant_with_warmup",
-        "Learning-rate schedule.",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+        "Learning-rate schedule; warmup_stable_decay is constant but for lr_warmup_steps and lr_decay_steps.",
+        choices=(
+            "constant",
+            "constant_with_warmup",
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            COOLDOWN,
+        ),
     )
     lr_warmup_steps: int = option(
         0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, 10^9]"
+    )
+    lr_decay_steps: int = option(
+        0, "Last optimizer steps, over which warmup_stable_decay falls to 0 by 1 - sqrt.", interval="[0, 10^9]"
     )
     optimizer: str = option(
         "adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for all else.", choices=OPTIMIZERS
@@ -263,6 +277,14 @@ class TrainConfig(_WithSpeeD):
             raise InputError(
                 f"lr_warmup_steps={self.lr_warmup_steps}: lr_scheduler=constant has none; take constant_with_warmup."
             )
+        if self.lr_scheduler == COOLDOWN:
+            if not 1 <= self.lr_decay_steps <= self.max_train_steps - self.lr_warmup_steps:
+                raise InputError(
+                    f"lr_decay_steps={self.lr_decay_steps}: lr_scheduler={COOLDOWN} needs some in [1, max_train_steps "
+                    f"- lr_warmup_steps], here [1, {self.max_train_steps - self.lr_warmup_steps}]."
+                )
+        elif self.lr_decay_steps:
+            raise InputError(f"lr_decay_steps={self.lr_decay_steps}: only lr_scheduler={COOLDOWN} knows it.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise InputError(f"learning_rate={self.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
         if self.optimizer != "muon":

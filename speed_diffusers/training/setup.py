@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,6 +26,7 @@ from .ema import ExponentialMovingAverage, fitted_decay
 from .ema_tracks import EmaTracks
 from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
+from .learning_rate import make_lr_scheduler
 from .optimizer import make_optimizer
 from .parts import (
     check_same_step,
@@ -100,12 +100,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
     model, optimizer = accelerator.prepare(inputs.core, optimizer)
     # The model itself, not what compiles it (ACCELERATE_DYNAMO_BACKEND): names of its parameters go into checkpoints.
     core = accelerator.unwrap_model(model, keep_torch_compile=False)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer.optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
+    lr_scheduler = make_lr_scheduler(config, optimizer.optimizer)
     decay = config.ema_decay if config.ema_decay is not None else fitted_decay(config.max_train_steps)
     ema = ExponentialMovingAverage(core, decay)
     ema_tracks = EmaTracks(core, config.ema_tracks) if config.ema_tracks else None

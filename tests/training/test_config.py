@@ -26,6 +26,9 @@ ALONG = {
     "beta_end": lambda value: {"beta_start": math.nextafter(0.0, 1.0)},
     "num_train_timesteps": lambda value: {"num_inference_steps": 1},
     "num_inference_steps": lambda value: {"num_train_timesteps": max(value, 2)},
+    "lr_decay_steps": lambda value: (
+        {"lr_scheduler": "warmup_stable_decay", "max_train_steps": value} if value > 0 else {}
+    ),
     "muon_learning_rate": lambda value: {"optimizer": "muon"},
     "muon_momentum": lambda value: {"optimizer": "muon"},
     "speed_anneal_start": lambda value: {"speed_anneal_end": 1.0},
