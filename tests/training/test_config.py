@@ -27,7 +27,7 @@ ALONG = {
     "num_train_timesteps": lambda value: {"num_inference_steps": 1},
     "num_inference_steps": lambda value: {"num_train_timesteps": max(value, 2)},
     "lr_decay_steps": lambda value: (
-        {"lr_scheduler": "warmup_stable_decay", "max_train_steps": value} if value > 0 else {}
+        {"lr_scheduler": "warmup_stable_decay", "max_train_steps": min(value, 10**9)} if value > 0 else {}
     ),
     "muon_learning_rate": lambda value: {"optimizer": "muon"},
     "muon_momentum": lambda value: {"optimizer": "muon"},
