@@ -17,6 +17,8 @@ from .plots import shade_areas
 STYLES = ("-", "--", "-.", ":")
 STEEP = 20.0
 """A panel whose largest value is more than so many times its median gets a logarithmic axis."""
+LEGEND_LETTERS = 150
+"""What one row of the legend holds."""
 FLOOR = 0.02
 """Values smaller than this share of the median would only stretch a logarithmic axis; they lie below its edge."""
 
@@ -64,7 +66,9 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
         title: What the picture shows.
         path: PNG file to write.
     """
-    legend_rows = -(-len(strategies) // 3)
+    # So that the longest name, with its mean weight behind it, fits beside its neighbours.
+    columns = min(3, len(strategies), max(1, LEGEND_LETTERS // (max(map(len, strategies)) + 30)))
+    legend_rows = -(-len(strategies) // columns)
     figure = Figure(figsize=(9, 10.4 + 0.22 * legend_rows), dpi=100, layout="constrained")
     *panels, over_noise = figure.subplots(5, 1, height_ratios=(0.55, 1, 1, 1, 1))
     noise, density, weight, product = panels
@@ -103,7 +107,7 @@ def save_strategy_plot(strategies: Mapping[str, SpeeDTables], areas: Areas, titl
         _scale(axes, torch.cat(drawn_values))
     shade_areas(panels, areas)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, handlelength=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, handlelength=3)
     figure.savefig(path)
 
 
