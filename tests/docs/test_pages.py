@@ -23,6 +23,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
+from quality_estimator import SHARES, Ratio, load_curves, step_ratio
+from quality_report import FACTOR_SHARES
 from speed_diffusers.config.load import load_config
 from speed_diffusers.pipelines import SpeeDDiTPipeline
 from speed_diffusers.train_scripts import train_dit_speed
@@ -243,13 +245,37 @@ def test_the_readme_opens_a_pipeline_without_this_package(place: Path) -> None:
     subprocess.run([sys.executable, "-c", example + check], cwd=place, env=environment, check=True)
 
 
-def test_the_measured_result_of_the_readme_is_that_of_the_benchmark() -> None:
-    rows = re.findall(r"^\| \d \|(.*)\|$", (ROOT / "benchmarks/speed_vs_uniform/table.md").read_text(), re.MULTILINE)
-    speed, uniform, ratios = zip(*[[float(cell) for cell in row.split("|")[:3]] for row in rows], strict=True)
-    words = " ".join(TEXTS["README.md"].split())
-    assert f"{min(ratios) - 1:.0%} to {max(ratios) - 1:.0%}".replace("% to", " to").replace("%", " %") in words
-    for distances in (speed, uniform):
-        assert "{:.2f}, {:.2f} and {:.2f}".format(*distances) in words
+def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
+    table = (ROOT / "benchmarks/speed_vs_uniform/table.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d \|(.*)\|$", table, re.MULTILINE)
+    ratios = [float(row.split("|")[2]) for row in rows]
+    benchmarks = (ROOT / "benchmarks/README.md").read_text("utf-8")
+    assert f"{min(ratios) - 1:.0%} to {max(ratios) - 1:.0%}".replace("% to", " to").replace("%", " %") in benchmarks
+    curves = load_curves(ROOT / "benchmarks/steps_to_quality/quickstart")
+
+    def ratio(arm: str, without: str, share: float = 1.0) -> Ratio:
+        found = step_ratio(curves, arm, without, share)
+        assert found is not None
+        return found
+
+    def words(arm: str, without: str, form: str) -> str:
+        found = ratio(arm, without)
+        assert found.interval is not None
+        return form.format(found.mean, *found.interval)
+
+    for baseline, form in (
+        ("uniform_epsilon", "in {:.1f} times fewer of them ({:.2f} to {:.2f} over five seeds)"),
+        ("uniform_epsilon_tuned", "in {:.1f} times fewer ({:.2f} to {:.2f})"),
+    ):
+        assert words("fast", baseline, form) in benchmarks
+    readme = " ".join(TEXTS["README.md"].split())
+    assert f"own part is {ratio('paper_epsilon', 'uniform_epsilon').mean:.2f} with epsilon" in readme
+    pairs = (("paper_v", "uniform_v"), ("paper_v_unit", "uniform_v_unit"), ("paper_v_fast", "uniform_v_fast"))
+    by_share = [ratio(*pair, share).mean for pair in pairs for share in FACTOR_SHARES]
+    assert f"and {min(by_share):.1f} to {max(by_share):.1f} with velocity" in readme
+    tuned = [ratio("uniform_epsilon_tuned", "uniform_epsilon", share).mean for share in SHARES]
+    said = f"4e-3 needs {min(tuned):.1f} to {max(tuned):.1f} times fewer steps than 1e-3"
+    assert said in " ".join(TEXTS["docs/training.md"].split())
 
 
 def test_the_generation_page_lists_every_new_argument() -> None:
