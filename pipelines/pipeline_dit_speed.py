@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.embeddings import Timesteps
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -57,6 +58,12 @@ class SpeeDDiTPipeline(DiTPipeline):
             lost that another class has too.
         null_class_id: Row of the label table that means "no class". None: row 1000, as the stock pipeline has it, if
             there is one, and else the last row, which is where diffusers' DiT drops labels to.
+
+    Raises:
+        ValueError: `null_class_id` or the config of the transformer has a value that cannot be.
+
+    A transformer whose config has `freq_shift` was trained with other timestep frequencies than the stock class
+    computes (0: those of DiT's own code, 1: the stock ones): it is given them, for good.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -77,6 +84,11 @@ class SpeeDDiTPipeline(DiTPipeline):
         if null_class_id is not None:
             self._check_rows("null_class_id", [null_class_id])
             self.register_to_config(null_class_id=null_class_id)
+        if (freq_shift := transformer.config.get("freq_shift")) is not None:
+            _check("freq_shift", freq_shift, _is_kind(freq_shift, numbers.Real) and 0 <= freq_shift <= 1, "0 to 1")
+            for module in transformer.modules():
+                if isinstance(module, Timesteps):
+                    module.downscale_freq_shift = freq_shift
 
     def to_json_string(self) -> str:
         """The index of the saved pipeline; it names the stock class, so that it opens where this file is not."""

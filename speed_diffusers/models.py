@@ -7,20 +7,24 @@ stock class computes the same function bit for bit.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, Timesteps
 from torch import Tensor, nn
 
+from .config.schema import Interval
 from .errors import InputError, unknown_name
 
 NULL_CLASS = 1000
 """Row of the label table that means "no class": the literal that the stock `DiTPipeline` guides with."""
+
+FREQ_SHIFT = "freq_shift"
+"""Key of a transformer's config, named as in diffusers' UNets: the frequencies of a timestep's sines and cosines are
+10000^(-i / (128 - freq_shift)), i = 0 to 127. The stock DiT knows no such key and has 1, DiT's own code has 0."""
 
 PATCH_SIZES = (2, 4, 8)
 
@@ -90,6 +94,41 @@ def dit_config(
         "num_embeds_ada_norm": max(num_classes, NULL_CLASS),
         "norm_type": "ada_norm_zero",
     }
+
+
+def stock_transformer(config: Mapping[str, Any]) -> DiTTransformer2DModel:
+    """A stock transformer with untrained weights, its timestep frequencies those that the config names.
+
+    Args:
+        config: Config of a transformer, `FREQ_SHIFT` and what diffusers itself adds included.
+
+    Raises:
+        InputError: `FREQ_SHIFT` is no number in [0, 1].
+    """
+    known = {name: value for name, value in config.items() if not name.startswith("_") and name != FREQ_SHIFT}
+    transformer: DiTTransformer2DModel = DiTTransformer2DModel(**known)
+    if config.get(FREQ_SHIFT) is not None:
+        transformer.register_to_config(**{FREQ_SHIFT: config[FREQ_SHIFT]})
+    apply_freq_shift(transformer)
+    return transformer
+
+
+def apply_freq_shift(transformer: DiTTransformer2DModel) -> None:
+    """Gives a transformer the timestep frequencies that its config names; without the key it stays as it is.
+
+    Args:
+        transformer: Changed in place.
+
+    Raises:
+        InputError: `FREQ_SHIFT` is no number in [0, 1].
+    """
+    shift = transformer.config.get(FREQ_SHIFT)
+    if shift is None:
+        return
+    Interval("[0, 1]").require(FREQ_SHIFT, shift)
+    for module in transformer.modules():
+        if isinstance(module, Timesteps):
+            module.downscale_freq_shift = shift
 
 
 def label_to_embedding_row(labels: Tensor) -> Tensor:
@@ -185,7 +224,7 @@ def build_dit(
     Raises:
         InputError: No such initialisation.
     """
-    transformer = DiTTransformer2DModel(**config)
+    transformer = stock_transformer(config)
     if tie_embedders:
         # One and the same in all blocks, so that tying them is no question: what they hold is overwritten.
         first = cast(Any, transformer.transformer_blocks[0]).norm1.emb
@@ -278,9 +317,8 @@ def export_transformer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
         config: Config of the training form's transformer.
         state: State dict of the training form, or its EMA weights.
     """
-    plain = {name: value for name, value in config.items() if not re.match("_", name)}
-    transformer = DiTTransformer2DModel(**plain)
+    transformer = stock_transformer(config)
     transformer.load_state_dict(stock_state_dict(state, transformer.config["num_layers"]))
     for block in transformer.transformer_blocks:
         cast(Any, block).norm1.emb.class_embedder.dropout_prob = 0.0
-    return cast(DiTTransformer2DModel, transformer.eval())
+    return transformer.eval()

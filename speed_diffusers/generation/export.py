@@ -40,7 +40,7 @@ def inference_pipeline(
         label_names: Name of each class id, or None for a model without classes.
     """
     id2label = embedding_row_names(label_names) or None
-    sampler = _inference_scheduler(scheduler)
+    sampler = inference_scheduler(scheduler)
     pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=sampler, id2label=id2label)
     if id2label is not None:
         # DiTPipeline forgets its labels on saving unless they are part of its config.
@@ -48,8 +48,12 @@ def inference_pipeline(
     return pipeline
 
 
-def _inference_scheduler(scheduler: Any) -> Any:
-    """DDIM on the schedule of the training, or Euler's method on its flow."""
+def inference_scheduler(scheduler: Any) -> Any:
+    """DDIM on the schedule of the training, or Euler's method on its flow.
+
+    Args:
+        scheduler: A DDPMScheduler or FlowMatchEulerDiscreteScheduler, with SpeeD or without.
+    """
     schedule = scheduler.config
     if is_rectified_flow(scheduler):
         return FlowMatchEulerDiscreteScheduler(

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from ..assets import EMBEDDED, EMBEDDED_PIPELINE
 from ..errors import InputError
 from ..json_files import arguments_of, check_values, read_object
+from ..models import FREQ_SHIFT, apply_freq_shift
 from ..pipelines import SpeeDDiTPipeline
 from ..predictions import FLOW_PREDICTION
 from .export import SIDECAR
@@ -104,26 +105,63 @@ def training_config_of(name: str) -> dict[str, Any]:
     return config
 
 
+def scheduler_config_of(name: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """The config of a pipeline's scheduler, or None if `name` is a model without a scheduler.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    folder = _pipeline_folder(name)
+    if folder.exists():
+        path = folder / SCHEDULER_CONFIG
+        return read_scheduler_config(path) if path.is_file() else None
+    try:
+        return cast(dict[str, Any], DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision))
+    except OSError:
+        return None
+
+
 def prediction_type_of(name: str, *, revision: str | None = None) -> str | None:
     """What the network of a pipeline predicts, or None if `name` is a model without a scheduler.
 
     Raises:
         InputError: The scheduler's config is damaged.
     """
-    folder = _pipeline_folder(name)
-    if folder.exists():
-        path = folder / SCHEDULER_CONFIG
-        if not path.is_file():
-            return None
-        config = read_scheduler_config(path)
-    else:
-        try:
-            config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
-        except OSError:
-            return None
+    config = scheduler_config_of(name, revision=revision)
+    if config is None:
+        return None
     if "beta_schedule" not in config and "shift" in config:
         return FLOW_PREDICTION
     return str(config.get("prediction_type", "epsilon"))
+
+
+def label_rows_of(name: str, *, revision: str | None = None) -> tuple[dict[int, str], int | None]:
+    """What the rows of a pipeline's label table mean; nothing is known of a model without a pipeline.
+
+    Args:
+        name: "embedded", the folder of a run, of a pipeline or of a model, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        Rows to whole names of classes, empty if it names none; and the row that means "no class", None if it does not
+        say so (`SpeeDDiTPipeline` then takes row 1000, or the last one if there are fewer).
+
+    Raises:
+        InputError: The pipeline's index is damaged.
+    """
+    folder = _pipeline_folder(name)
+    if folder.exists():
+        if not (folder / INDEX).is_file():
+            return {}, None
+        _check_index(folder / INDEX)
+        index = read_object(folder / INDEX)
+    else:
+        try:
+            index = cast(dict[str, Any], DiTPipeline.load_config(name, revision=revision))
+        except OSError:
+            return {}, None
+    rows = {int(row): str(label) for row, label in (index.get("id2label") or {}).items() if row.isdecimal()}
+    return dict(sorted(rows.items())), index.get("null_class_id")
 
 
 def read_scheduler_config(path: Path) -> dict[str, Any]:
@@ -172,7 +210,7 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
         raise InputError(f"The folder {name} holds no {component} (no config.json in it or in {component}/).")
     path = None if local is None else local / "config.json"
     config = {} if path is None else read_object(path)
-    types = arguments_of(model_class)
+    types = arguments_of(model_class) | {FREQ_SHIFT: float}
     if path is not None:
         _check_class(model_class, component, str(local), config)
         check_values(path, config, types, null=True)
@@ -196,6 +234,8 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
     if isinstance(model, DiTTransformer2DModel) and model.config["out_channels"] is None:
         # To diffusers the same as in_channels; written down once, for all who read the config.
         model.register_to_config(out_channels=model.config["in_channels"])
+    if isinstance(model, DiTTransformer2DModel):
+        apply_freq_shift(model)
     return model
 
 
@@ -232,13 +272,13 @@ def _load_weights(model_class: type[M], component: str, place: str, options: dic
         InputError: Its folder has neither file.
     """
     try:
-        return cast(tuple[Any, Any], model_class.from_pretrained(place, **options))
+        return _from_pretrained(model_class, place, options)
     except OSError as error:
         if not NO_WEIGHTS.search(str(error)):
             raise
         missing = error
     try:
-        loaded = cast(tuple[Any, Any], model_class.from_pretrained(place, variant="fp16", **options))
+        loaded = _from_pretrained(model_class, place, options | {"variant": "fp16"})
     except OSError as error:
         if not NO_WEIGHTS.search(str(error)):
             raise
@@ -251,6 +291,20 @@ def _load_weights(model_class: type[M], component: str, place: str, options: dic
         ) from missing
     logger.warning("The %s '%s' has its weights in half precision alone: taking them (fp16).", component, place)
     return loaded
+
+
+def _from_pretrained(model_class: type[M], place: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Diffusers' own loading; without its warning that it does not know `FREQ_SHIFT`, of which we do take care."""
+    configuration = logging.getLogger("diffusers.configuration_utils")
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return re.search(rf"attributes {{'{FREQ_SHIFT}': [^,}}]*}} were passed", record.getMessage()) is None
+
+    configuration.addFilter(is_of_others)
+    try:
+        return cast(tuple[Any, Any], model_class.from_pretrained(place, **options))
+    finally:
+        configuration.removeFilter(is_of_others)
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> InputError:

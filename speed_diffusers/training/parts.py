@@ -1,7 +1,7 @@
 """The parts of a run, each made and checked from the options alone."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from ..data.batch_sampler import BatchLayout
 from ..data.images import ImageSource, open_images
 from ..data.latents import check_resolution
 from ..errors import InputError
-from ..generation.pretrained import load_transformer, prediction_type_of
-from ..models import NULL_CLASS, TrainableDiT, build_dit, dit_config
+from ..generation.pretrained import label_rows_of, load_transformer, prediction_type_of
+from ..models import TrainableDiT, build_dit, dit_config
 from ..predictions import FLOW_PREDICTION
 from ..randomness import keyed_generator
 from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
@@ -25,6 +25,7 @@ from ..variance import LEARNED_RANGE, LearnedVariance
 from .blocks import prepare_blocks
 from .checkpoints import read_state
 from .config import TrainConfig
+from .label_table import fit_label_table
 from .run import TrainingScheduler
 from .run_folder import LOGGING_FOLDER
 from .tracking import tracker_names
@@ -171,13 +172,16 @@ def make_learned_variance(
     )
 
 
-def make_model(config: TrainConfig, num_data_classes: int, vae: AutoencoderKL) -> TrainableDiT:
-    """The transformer in training form, new or pretrained.
+def make_model(
+    config: TrainConfig, num_data_classes: int, vae: AutoencoderKL, label_names: Sequence[str] | None = None
+) -> TrainableDiT:
+    """The transformer in training form, new or pretrained; a pretrained one's label table is fitted to the data.
 
     Args:
         config: Options of the run.
         num_data_classes: Classes of the data; 0: none.
         vae: The autoencoder that makes the latents.
+        label_names: Names of the classes, by which those of a pretrained model are found again; None: by number.
 
     Raises:
         InputError: It does not fit the images, their classes or the autoencoder.
@@ -211,18 +215,14 @@ def make_model(config: TrainConfig, num_data_classes: int, vae: AutoencoderKL) -
                     f"{found[name]}, but resolution={config.resolution}, variance_type={config.variance_type} and the "
                     f"VAE need {needed}."
                 )
-        rows = found["num_embeds_ada_norm"]
-        if rows < max(num_classes, NULL_CLASS):
-            raise InputError(
-                f"pretrained_model_name_or_path={config.pretrained_model_name_or_path}: its label table has "
-                f"num_embeds_ada_norm={rows}; at least {max(num_classes, NULL_CLASS)} are needed."
-            )
         predicted = prediction_type_of(config.pretrained_model_name_or_path, revision=config.revision)
         if predicted not in (None, config.prediction_type):
             raise InputError(
                 f"prediction_type={config.prediction_type}, but {config.pretrained_model_name_or_path} was trained "
                 f"with {predicted}."
             )
+        names, null_row = label_rows_of(config.pretrained_model_name_or_path, revision=config.revision)
+        fit_label_table(transformer, num_classes, label_names, pretrained_names=names, null_row=null_row)
         core = TrainableDiT(transformer, tie_embedders=config.tie_embedders)
     prepare_blocks(core, config)
     return core.train()

@@ -19,7 +19,9 @@ from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
 from ..data.workers import end_with_parent
 from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
+from ..generation.original_dit import STOCK_CONSTANTS
 from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
+from ..models import FREQ_SHIFT
 from .checkpoints import load_checkpoint, load_learned, load_tracks, read_state
 from .config import TrainConfig
 from .ema import ExponentialMovingAverage, fitted_decay
@@ -48,6 +50,12 @@ from .validation import ValidationSet
 
 logger = logging.getLogger(__name__)
 
+FREQUENCIES_OF_ITS_OWN = (
+    "%s was trained with timestep frequencies of its own (freq_shift=%g in its config), and the run keeps them: "
+    "sample from it with SpeeDDiTPipeline; the stock DiTPipeline computes others and predicts something else."
+)
+"""The warning for a start that DiT's own code has trained; takes its name and the shift."""
+
 LOCAL_TRACKERS = ("tensorboard",)
 """Trackers that write to the folder of the run and nowhere else."""
 
@@ -65,7 +73,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     source = open_resumed_data(config, checkpoint)
     held_out = open_held_out(config, source)
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
-    core = make_model(config, source.num_classes, vae)
+    core = make_model(config, source.num_classes, vae, source.label_names)
     last_row = core.transformer.config["num_embeds_ada_norm"]
     choose_classes(config.validation_class_labels, embedding_row_names(source.label_names), last_row=last_row)
     if config.num_score_images is not None:
@@ -74,6 +82,9 @@ def check_inputs(config: TrainConfig) -> Inputs:
     guided = config.guidance_scale > 1 and source.num_classes > 0
     if guided and config.class_dropout_prob == 0 and accelerator.is_main_process:
         logger.warning(GUIDANCE_UNTRAINED, config.output_dir, config.guidance_scale)
+    shift = core.transformer.config.get(FREQ_SHIFT)
+    if shift not in (None, STOCK_CONSTANTS[FREQ_SHIFT]) and accelerator.is_main_process:
+        logger.warning(FREQUENCIES_OF_ITS_OWN, config.pretrained_model_name_or_path, shift)
     layout = make_layout(config, accelerator, checkpoint)
     check_same_step(accelerator, checkpoint)
     identity = {

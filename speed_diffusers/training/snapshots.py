@@ -259,7 +259,7 @@ def pipeline_of_config(folder: Path) -> DiTPipeline:
     except FileNotFoundError:
         names = open_data(config).label_names
     vae = load_vae(config.pretrained_vae_model_name_or_path).eval()
-    core = make_model(config, len(names or ()), vae)
+    core = make_model(config, len(names or ()), vae, names)
     transformer = export_transformer(core.transformer.config, core.state_dict())
     return inference_pipeline(transformer, vae, make_scheduler(config), names)
 
