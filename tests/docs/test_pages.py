@@ -23,6 +23,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
+from original_network import random_state
 from quality_estimator import SHARES, Ratio, load_curves, step_ratio
 from quality_report import FACTOR_SHARES
 from speed_diffusers.config.load import load_config
@@ -133,6 +134,7 @@ def place(
     (tmp_path / "my_package" / "features.py").write_text(
         "extractor = lambda: lambda images: images.mean(dim=(2, 3))\n"
     )
+    torch.save(random_state(width=128, depth=6, rows=1001), tmp_path / "DiT-XL-2-256x256.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -222,6 +224,7 @@ def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
             "evaluate": ["num_images=6", "num_inference_steps=2"],
             "make_reference_statistics": ["resolution=32"],
             "compare_errors": [],
+            "convert_checkpoint": ["vae=embedded"] if any(option.startswith("vae=") for option in options) else [],
         }[name]
     replaced = {option.partition("=")[0] for option in small}
     return [option for option in options if option.partition("=")[0] not in replaced] + small
