@@ -154,15 +154,18 @@ class TrainableDiT(nn.Module):
     sharding see an ordinary module.
 
     Args:
-        transformer: A stock transformer; its blocks' embedders are taken out. Block 0's becomes the embedder.
+        transformer: A stock transformer; its blocks' embedders are taken out. Block 0's becomes the embedder. It is
+            given the timestep frequencies that its config names (`FREQ_SHIFT`).
         tie_embedders: False keeps the stock module with an embedder in each block, its random label dropout off.
 
     Raises:
-        InputError: The blocks' embedders differ, so tying them would change the function.
+        InputError: The blocks' embedders differ, so tying them would change the function, or `FREQ_SHIFT` is no number
+            in [0, 1].
     """
 
     def __init__(self, transformer: DiTTransformer2DModel, *, tie_embedders: bool = True) -> None:
         super().__init__()
+        apply_freq_shift(transformer)
         self.transformer = transformer
         self.tie_embedders = tie_embedders
         self.embedder: nn.Module = nn.Identity()

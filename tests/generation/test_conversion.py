@@ -76,7 +76,7 @@ def test_predictions_are_the_original_networks_and_the_way_back_is_the_identity(
     noise, _ = answers(ours, torch.tensor(rows), side)
     expected = predict(state, noise, TIMESTEPS, torch.tensor(labels), heads=heads or 4)
     assert expected.std() > 0.1
-    trained = TrainableDiT(load_transformer(str(tmp_path / "pipeline"))).eval()
+    trained = TrainableDiT(DiTTransformer2DModel.from_pretrained(tmp_path / "pipeline" / "transformer")).eval()
     for model in (ours, pipeline.transformer):
         torch.testing.assert_close(answers(model, torch.tensor(rows), side)[1], expected, rtol=0, atol=1e-5)
     with torch.no_grad():
