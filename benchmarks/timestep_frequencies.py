@@ -123,7 +123,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['features_not_explained']} of 256 features are no linear combination of the others' (to {EXACT:g}).",
         "",
-        "The embedded checkpoint with the other frequencies: root mean square of the difference over that of the value.",
+        "The embedded checkpoint with the other frequencies: root mean square of the difference over the value's.",
         "",
         "| | as it is | first layer fitted |",
         "|---|---|---|",
