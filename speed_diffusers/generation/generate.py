@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from diffusers import DiTPipeline
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..config.schema import Options, option
 from ..errors import InputError, unknown_name
@@ -88,12 +90,17 @@ def generate(
     """
     settings = settings or GenerationSettings()
     sampling = speed_pipeline(pipeline, settings.sampler)
+    shape = pipeline.transformer.config
+    size = (shape.in_channels, shape.sample_size, shape.sample_size)
     for start in range(0, len(class_rows), settings.batch_size):
         rows = list(class_rows[start : start + settings.batch_size])
         numbers = range(first_image + start, first_image + start + len(rows))
+        generators = [keyed_generator(settings.seed, "image", number) for number in numbers]
         result = sampling(
             class_labels=rows,
-            generator=[keyed_generator(settings.seed, "image", number) for number in numbers],
+            # In float32 whatever the network's arithmetic, so that it changes no more than it must.
+            latents=randn_tensor((len(rows), *size), generators, dtype=torch.float32),
+            generator=generators,
             guidance_scale=settings.guidance_scale,
             guidance_channels=settings.guidance_channels,
             guidance_interval=tuple(settings.guidance_interval),

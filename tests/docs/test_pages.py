@@ -43,6 +43,7 @@ LEAVES = {
     "compare_errors": "errors.png",
     "make_reference_statistics": "reference/reference_features.safetensors",
     "evaluate": "**/scores/**/*.json",
+    "generate_samples": "samples/generated.json",
 }
 """What a script writes where no output= says otherwise."""
 
@@ -221,6 +222,7 @@ def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
         small = {
             "sample": ["num_inference_steps=2", "num_images_per_class=1"],
             "plan": [],
+            "generate_samples": ["num_images=6", "images_per_pass=3", "num_inference_steps=2", "format=png"],
             "evaluate": ["num_images=6", "num_inference_steps=2"],
             "make_reference_statistics": ["resolution=32"],
             "compare_errors": [],
