@@ -1,8 +1,9 @@
 """Shared by all tests: no network, one thread, scripts importable, tiny real parts."""
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any import that reads them: caches in a folder of this process, no telemetry, no Hub.
@@ -17,6 +18,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from loopback_hub import LoopbackHub, running_hub  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -112,3 +115,30 @@ def train(tiny_options: list[str], fresh_accelerate: Callable[[], None]) -> Call
         return folder
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub on this machine that the real client asks, in this process, with a token that may write."""
+    from huggingface_hub import constants, hf_api
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    from speed_diffusers.hub import upload
+
+    home = tmp_path_factory.mktemp("huggingface")
+    with running_hub() as server:
+        # What the client reads from the environment when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        monkeypatch.setattr(sys.modules[upload.__module__], "SECONDS_BETWEEN_TRIES", (0.01, 0.01))
+        disable_progress_bars()
+        yield server
+        enable_progress_bars()

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     names, last_row = row_names_of(pipeline), pipeline.transformer.config.num_embeds_ada_norm
     if config.class_labels or names:
         classes = choose_classes(config.class_labels, names, last_row=last_row)
-    warn_of_untrained_guidance(config.model, config.guidance_scale)
+    warn_of_untrained_guidance(config.model, config.guidance_scale, revision=config.revision)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     images = class_samples(pipeline.to(device), list(classes), config.num_images_per_class, config)
     output.parent.mkdir(parents=True, exist_ok=True)

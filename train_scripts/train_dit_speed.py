@@ -18,6 +18,7 @@ from pathlib import Path
 
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
+from speed_diffusers.release import push_after_training
 from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
 from speed_diffusers.training.results import (
     check_images,
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
             stopped_by = train(run, stop)
         if stopped_by is None:
             save_results(run)
+            push_after_training(run)
     finally:
         run.close()
     if stopped_by is not None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,37 @@ from ..process import is_rectified_flow
 
 SIDECAR = "speed_training.json"
 """File beside `model_index.json` with the run's configuration; stock diffusers does not read it."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a run went, besides its options, as far as it is known; nothing of the machine but its kind.
+
+    Attributes:
+        images: Images, classes and images per class, in words.
+        num_images: Images of the data.
+        global_batch: Images per optimizer step, over all processes and accumulated batches.
+        images_seen: Images trained on, repeated ones counted again.
+        seconds: Spent in training steps over all starts, without checkpoints, grids and scores.
+        hardware: Of the last start, in words.
+        mixed_precision: "no" or "bf16".
+        torch: Version of torch.
+        dataset: Id on the Hub, or "embedded"; None for files of the machine.
+        vae: Id of the autoencoder on the Hub, or "embedded"; None for a folder.
+        base_model: Id of the model that was fine-tuned; None for a folder, and where the model was new.
+    """
+
+    images: str | None = None
+    num_images: int | None = None
+    global_batch: int | None = None
+    images_seen: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    mixed_precision: str | None = None
+    torch: str | None = None
+    dataset: str | None = None
+    vae: str | None = None
+    base_model: str | None = None
 
 
 def inference_pipeline(
@@ -46,6 +78,11 @@ def inference_pipeline(
         # DiTPipeline forgets its labels on saving unless they are part of its config.
         pipeline.register_to_config(id2label={str(row): name for row, name in id2label.items()})
     return pipeline
+
+
+def stock_scheduler(scheduler: Any) -> Any:
+    """A scheduler as it is if it is diffusers' own, else one of diffusers' on its schedule."""
+    return scheduler if type(scheduler).__module__.startswith("diffusers.") else inference_scheduler(scheduler)
 
 
 def inference_scheduler(scheduler: Any) -> Any:
@@ -78,7 +115,7 @@ def embedding_row_names(label_names: Sequence[str] | None) -> dict[int, str]:
 
 
 def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any]) -> None:
-    """Saves a pipeline whole or not at all, with a sidecar file that says how it was trained.
+    """Saves a pipeline whole or not at all, with a sidecar file that says how it was trained, if that is known.
 
     Raises:
         OSError: The disk is full or not writable; with the path and the bytes.
@@ -87,7 +124,8 @@ def save_pipeline(pipeline: DiTPipeline, folder: Path, sidecar: Mapping[str, Any
     num_bytes = sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
     with written_whole(folder, num_bytes) as temporary:
         pipeline.save_pretrained(temporary)
-        (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
+        if sidecar:
+            (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1))
         forget_paths(temporary)
         give_usual_mode(temporary)
 

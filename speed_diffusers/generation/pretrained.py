@@ -4,19 +4,21 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from huggingface_hub import hf_hub_download
 
 from ..assets import EMBEDDED, EMBEDDED_PIPELINE
 from ..errors import InputError
+from ..hub import Problem, find_problem
 from ..json_files import arguments_of, check_values, read_object
 from ..models import FREQ_SHIFT, apply_freq_shift
 from ..pipelines import SpeeDDiTPipeline
 from ..predictions import FLOW_PREDICTION
-from .export import SIDECAR
+from .export import SIDECAR, TrainingRecord
 
 GUIDANCE_UNTRAINED = (
     "%s: with class_dropout_prob=0 the model is never trained without its classes, so guidance_scale=%g takes what it "
@@ -56,19 +58,21 @@ def load_pipeline(name: str, *, revision: str | None = None) -> SpeeDDiTPipeline
     place = str(folder) if folder.exists() else name
     if folder.is_dir():
         _check_index(folder / INDEX)
+    problem = _problem_on_hub("pipeline", name, revision)
+    options: dict[str, Any] = {"revision": revision, "local_files_only": problem is not None}
     try:
-        DiTPipeline.load_config(place, revision=revision)
+        DiTPipeline.load_config(place, **options)
         return SpeeDDiTPipeline.from_pretrained(
             place,
-            revision=revision,
             # Loaded here, because a pipeline would fill weights that its files lack with random numbers.
-            transformer=load_transformer(name, revision=revision),
-            vae=load_vae(name, revision=revision),
+            transformer=_load_model(DiTTransformer2DModel, "transformer", name, revision, problem),
+            vae=_load_model(AutoencoderKL, "vae", name, revision, problem),
+            **options,
         )
     except InputError:
         raise
     except Exception as error:  # whatever diffusers makes of files that do not fit one another
-        raise _not_loaded("pipeline", name, error) from error
+        raise _not_loaded("pipeline", name, error, problem) from error
 
 
 def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:
@@ -77,7 +81,8 @@ def load_vae(name: str, *, revision: str | None = None) -> AutoencoderKL:
     Raises:
         InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
-    return cast(AutoencoderKL, _load_model(AutoencoderKL, "vae", name, revision))
+    problem = _problem_on_hub("vae", name, revision)
+    return cast(AutoencoderKL, _load_model(AutoencoderKL, "vae", name, revision, problem))
 
 
 def load_transformer(name: str, *, revision: str | None = None) -> DiTTransformer2DModel:
@@ -86,22 +91,45 @@ def load_transformer(name: str, *, revision: str | None = None) -> DiTTransforme
     Raises:
         InputError: Nothing of this name can be loaded, or its weights are not all there.
     """
-    return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision))
+    problem = _problem_on_hub("transformer", name, revision)
+    return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision, problem))
 
 
-def training_config_of(name: str) -> dict[str, Any]:
-    """Options that a pipeline was trained with, from the file beside it; empty where it has none, and on the Hub.
+def sidecar_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """What the file beside a pipeline tells of its training; empty where it has none, or cannot be had from the Hub.
+
+    Args:
+        name: "embedded", the folder of a run or of a pipeline, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
         InputError: The file is damaged.
     """
-    path = _pipeline_folder(name) / SIDECAR
+    folder = _pipeline_folder(name)
+    path = folder / SIDECAR
+    if not folder.exists():
+        try:
+            offline = find_problem(name, revision=revision) is not None
+            path = Path(hf_hub_download(name, SIDECAR, revision=revision, local_files_only=offline))
+        except Exception as error:  # a model of somebody else has none, and the name may be no id at all
+            logger.debug("%s tells nothing of its training: %s", name, error)
+            return {}
     if not path.is_file():
         return {}
     sidecar = read_object(path)
-    check_values(path, sidecar, {"training_config": dict})
-    config: dict[str, Any] = sidecar.get("training_config", {})
-    check_values(path, config, {"max_train_steps": int, "class_dropout_prob": float})
+    check_values(path, sidecar, {"training_config": dict, "training": dict, "score": dict})
+    check_values(path, sidecar.get("training_config", {}), {"max_train_steps": int, "class_dropout_prob": float})
+    check_values(path, sidecar.get("training", {}), get_type_hints(TrainingRecord), null=True)
+    return sidecar
+
+
+def training_config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Options that a pipeline was trained with, from the file beside it; empty where it has none.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    config: dict[str, Any] = sidecar_of(name, revision=revision).get("training_config", {})
     return config
 
 
@@ -116,7 +144,10 @@ def scheduler_config_of(name: str, *, revision: str | None = None) -> dict[str, 
         path = folder / SCHEDULER_CONFIG
         return read_scheduler_config(path) if path.is_file() else None
     try:
-        return cast(dict[str, Any], DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision))
+        # With what is in the cache where the Hub does not answer.
+        offline = find_problem(name, revision=revision) is not None
+        found = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision, local_files_only=offline)
+        return cast(dict[str, Any], found)
     except OSError:
         return None
 
@@ -202,7 +233,21 @@ def _pipeline_folder(name: str) -> Path:
     return folder / "pipeline" if (folder / "pipeline" / INDEX).is_file() else folder
 
 
-def _load_model(model_class: type[M], component: str, name: str, revision: str | None) -> Any:
+def _problem_on_hub(what: str, name: str, revision: str | None) -> Problem | None:
+    """What keeps a model from being read from the Hub now, so that only a copy in the cache is left; None: nothing.
+
+    Raises:
+        InputError: The Hub says that it cannot be read.
+    """
+    if _pipeline_folder(name).exists():
+        return None
+    problem = find_problem(name, revision=revision)
+    if problem is not None and problem.is_final:
+        raise InputError(f"Could not load the {what} '{name}', neither as a folder nor from the Hub: {problem.line}.")
+    return problem
+
+
+def _load_model(model_class: type[M], component: str, name: str, revision: str | None, problem: Problem | None) -> Any:
     folder = _pipeline_folder(name)
     places = [folder / component, folder]
     local = next((place for place in places if (place / "config.json").is_file()), None)
@@ -219,13 +264,14 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
         if local is not None:
             model, info = _load_weights(model_class, component, str(local), options)
         else:
-            model, info = _load_from_hub(model_class, component, name, options | {"revision": revision})
+            options |= {"revision": revision, "local_files_only": problem is not None}
+            model, info = _load_from_hub(model_class, component, name, options)
     except InputError:
         raise
     except Exception as error:  # whatever diffusers makes of a config or of weights that do not fit
         if path is not None:
             check_values(path, config, types)
-        raise _not_loaded(component, name, error) from error
+        raise _not_loaded(component, name, error, problem) from error
     if info["missing_keys"]:
         raise InputError(
             f"The {component} '{name}' lacks {len(info['missing_keys'])} of its weights, such as "
@@ -241,12 +287,13 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
 
 def _load_from_hub(model_class: type[M], component: str, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """A repository holds either one model or a pipeline with the model in a sub-folder."""
-    subfolder, revision = None, options["revision"]
+    subfolder = None
+    where = {key: options[key] for key in ("revision", "local_files_only")}
     try:
-        config = model_class.load_config(name, revision=revision)
+        config = model_class.load_config(name, **where)
     except OSError:
         subfolder = component
-        config = model_class.load_config(name, subfolder=subfolder, revision=revision)
+        config = model_class.load_config(name, subfolder=subfolder, **where)
     _check_class(model_class, component, name, cast(dict[str, Any], config))
     return _load_weights(model_class, component, name, options | {"subfolder": subfolder})
 
@@ -307,6 +354,8 @@ def _from_pretrained(model_class: type[M], place: str, options: dict[str, Any]) 
         configuration.removeFilter(is_of_others)
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> InputError:
+def _not_loaded(what: str, name: str, error: Exception, problem: Problem | None) -> InputError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if problem is not None:
+        reason = f"it is not in the cache, and {problem.line}."
     return InputError(f"Could not load the {what} '{name}', neither as a folder nor from the Hub: {reason}")

@@ -262,6 +262,19 @@ class TrainConfig(_WithSpeeD):
     allow_config_changes: bool = option(False, "Resume although options that matter have changed.", free=True)
     dry_run: bool = option(False, "Check everything, print the plan, write nothing.", free=True)
 
+    # The Hub
+    push_to_hub: bool = option(
+        False, "Release the result on the Hub; if that fails, the run is as good as without it.", free=True
+    )
+    hub_model_id: str | None = option(None, "Where to, OWNER/NAME; a NAME alone is one of yours.", free=True)
+    hub_private_repo: bool | None = option(
+        None, "Make the repository private; None: as the owner's default is.", free=True
+    )
+    hub_revision: str = option("main", "Branch to push to; made if it is not there.", free=True)
+    hub_license: str | None = option(
+        None, "Of the weights, as the Hub lists it (apache-2.0, mit, cc-by-nc-4.0, ...); None: not stated.", free=True
+    )
+
     def __post_init__(self) -> None:
         self.gradient_checkpointing = float(self.gradient_checkpointing)  # True from Python, as of old
         super().__post_init__()
@@ -296,6 +309,8 @@ class TrainConfig(_WithSpeeD):
                 f"conditioning_init={self.conditioning_init}: a pretrained model has its weights already; leave it "
                 "out."
             )
+        if self.push_to_hub and self.hub_model_id is None:
+            raise InputError("push_to_hub=true needs hub_model_id=OWNER/NAME.")
         if self.num_inference_steps > self.num_train_timesteps:
             raise InputError(
                 f"num_inference_steps={self.num_inference_steps}: at most "

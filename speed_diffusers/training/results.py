@@ -1,5 +1,6 @@
 """What a run leaves behind and says: its plan, its checkpoints, its grids of samples and its pipeline."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from ..assets import EMBEDDED
 from ..config.load import config_dict
-from ..config.published import published
 from ..data.bad_images import BadImages
 from ..data.images import find_bad_images
 from ..data.listing import describe_ignored, describe_images
@@ -35,6 +35,7 @@ from .config import TrainConfig
 from .ema_tracks import save_snapshot
 from .guard import not_finite
 from .profiling import labelled
+from .record import published_config, record_of
 from .run import Inputs, TrainingRun
 from .run_folder import (
     ERRORS_FILE,
@@ -45,13 +46,9 @@ from .run_folder import (
     SAMPLES_FILE,
     SCORES_FOLDER,
     VALIDATION_FOLDER,
-    repeatable,
 )
 from .tracking import MetricsFile, read_metrics, tracker_options
 from .validation import pipeline_validation_loss
-
-PRIVATE_OPTIONS = ("train_data_dir", "validation_data_dir", "cache_dir", "output_dir")
-"""Paths of the machine that trained, which have no business in a released pipeline."""
 
 
 def describe_plan(inputs: Inputs) -> str:
@@ -246,9 +243,11 @@ def save_results(run: TrainingRun) -> None:
     check_finite(run, run.config.max_train_steps, ema_tensors(run))
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
-        settings = config_dict(repeatable(run.config, run.layout.accumulation))
-        shared = {key: published(value) for key, value in settings.items() if key not in PRIVATE_OPTIONS}
-        sidecar = {"speed_diffusers": __version__, "training_config": shared}
+        sidecar = {
+            "speed_diffusers": __version__,
+            "training_config": published_config(run.config, run.layout.accumulation),
+            "training": dataclasses.asdict(record_of(run)),
+        }
         save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
         config = run.config
         title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"

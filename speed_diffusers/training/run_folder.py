@@ -35,6 +35,7 @@ BAD_IMAGES_FILE = "bad_images.jsonl"
 SAMPLES_FILE = "samples.png"
 ERRORS_FILE = "error_by_timestep.png"
 PIPELINE_FOLDER = "pipeline"
+RELEASE_FOLDER = "release"
 LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
 LOSS_FILE = "loss.jsonl"
@@ -175,7 +176,9 @@ def open_output_dir(
     folder.mkdir(parents=True, exist_ok=True)
     lock = _locked(folder)
     remove_leftovers(folder)
-    remove_unfinished(folder, PIPELINE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE)
+    remove_unfinished(
+        folder, PIPELINE_FOLDER, RELEASE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE
+    )
     remove_unfinished(folder / VALIDATION_FOLDER, "*.png", LOSS_FILE)
     remove_unfinished(folder / SCORES_FOLDER, "*.json")
     remove_unfinished(folder / SNAPSHOTS_FOLDER, "*.safetensors")

@@ -21,6 +21,7 @@ from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
 from ..generation.original_dit import STOCK_CONSTANTS
 from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
+from ..hub import Destination, check_destination
 from ..models import FREQ_SHIFT
 from .checkpoints import load_checkpoint, load_learned, load_tracks, read_state
 from .config import TrainConfig
@@ -85,6 +86,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
     shift = core.transformer.config.get(FREQ_SHIFT)
     if shift not in (None, STOCK_CONSTANTS[FREQ_SHIFT]) and accelerator.is_main_process:
         logger.warning(FREQUENCIES_OF_ITS_OWN, config.pretrained_model_name_or_path, shift)
+    if config.push_to_hub and accelerator.is_main_process:
+        check_push(config)
     layout = make_layout(config, accelerator, checkpoint)
     check_same_step(accelerator, checkpoint)
     identity = {
@@ -97,6 +100,18 @@ def check_inputs(config: TrainConfig) -> Inputs:
         comparable = source.signature(read_state(checkpoint)["data_signature"])
         check_resumed_config(config, checkpoint, identity | {"data_signature": comparable})
     return Inputs(config, accelerator, scheduler, source, held_out, vae, core, layout, checkpoint, identity)
+
+
+def check_push(config: TrainConfig) -> None:
+    """Checks that the result can be released; that the Hub cannot be asked now is a warning, for it may be by then.
+
+    Raises:
+        InputError: Name or token are wrong.
+    """
+    try:
+        check_destination(Destination(config.hub_model_id or "", config.hub_private_repo, config.hub_revision))
+    except ConnectionError as error:
+        logger.warning("push_to_hub=true: %s It is tried again at the end of the training.", error)
 
 
 def start_run(inputs: Inputs) -> TrainingRun:

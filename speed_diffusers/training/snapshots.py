@@ -104,9 +104,17 @@ def load_latest(name: str, *, revision: str | None = None) -> DiTPipeline:
     Raises:
         InputError: Nothing of this name can be loaded, or the run has no whole checkpoint yet.
     """
+    return load_latest_place(name, revision=revision)[0]
+
+
+def load_latest_place(name: str, *, revision: str | None = None) -> tuple[DiTPipeline, Place]:
+    """What `load_latest` loads, with the checkpoint and the step behind it.
+
+    Raises:
+        InputError: Nothing of this name can be loaded, or the run has no whole checkpoint yet.
+    """
     if not is_half_trained(name):
-        loaded: DiTPipeline = load_pipeline(name, revision=revision)
-        return loaded
+        return load_pipeline(name, revision=revision), pipeline_place(name)
     folder = Path(name)
     for checkpoint in list_checkpoints(folder):
         if problem := _problem_of(checkpoint, EMA):
@@ -115,19 +123,18 @@ def load_latest(name: str, *, revision: str | None = None) -> DiTPipeline:
         pipeline = pipeline_of_config(folder)
         put_weights(pipeline, checkpoint, "ema")
         logger.warning("%s has no pipeline yet: taking the EMA weights of %s.", name, checkpoint.name)
-        half_trained: DiTPipeline = speed_pipeline(pipeline)
-        return half_trained
+        return speed_pipeline(pipeline), Place(checkpoint, int(checkpoint.name.removeprefix("checkpoint-")))
     raise InputError(f"model={name}: the run has no pipeline and no whole checkpoint yet.")
 
 
-def warn_of_untrained_guidance(name: str, guidance_scale: float) -> None:
+def warn_of_untrained_guidance(name: str, guidance_scale: float, *, revision: str | None = None) -> None:
     """Warns if a model is to be guided that was always told the class (`class_dropout_prob=0`), as far as is known."""
     if guidance_scale <= 1:
         return
     if is_half_trained(name):
         dropout: Any = load_run_config(Path(name)).class_dropout_prob
     else:
-        dropout = training_config_of(name).get("class_dropout_prob")
+        dropout = training_config_of(name, revision=revision).get("class_dropout_prob")
     if dropout == 0:
         logger.warning(GUIDANCE_UNTRAINED, name, guidance_scale)
 

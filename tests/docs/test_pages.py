@@ -23,12 +23,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 
+from loopback_hub import LoopbackHub
 from original_network import random_state
 from quality_estimator import SHARES, Ratio, load_curves, step_ratio
 from quality_report import FACTOR_SHARES
 from speed_diffusers.config.load import load_config
 from speed_diffusers.pipelines import SpeeDDiTPipeline
-from speed_diffusers.train_scripts import train_dit_speed
+from speed_diffusers.train_scripts import push_to_hub, train_dit_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,10 +119,12 @@ def place(
     fresh_accelerate: Callable[[], None],
     cache_dir: Path,
     image_folder: Path,
+    hub: LoopbackHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """The working folder in which the pages' commands run: with the runs, images and module that they name."""
+    hub.tokens["hf_write"] = ("your-name", "write")
     run = tiny_run(cache_dir / "pages")
     fresh_accelerate()
     for name in ("quickstart", "mine", "speed", "uniform"):
@@ -141,8 +144,16 @@ def place(
     return tmp_path
 
 
+def release_what_is_named(code: str, hub: LoopbackHub) -> None:
+    """Releases the run on the Hub under the name by which an example or a command takes it from there."""
+    if named := re.search(r"(?:model|model_name_or_path)=(your-name/[\w-]+)|\"(your-name/[\w-]+)\"", code):
+        push_to_hub.main(["model=runs/quickstart", f"hub_model_id={named[1] or named[2]}"])
+        assert hub.repositories
+
+
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_an_example_runs(page: str, code: str, place: Path) -> None:
+def test_an_example_runs(page: str, code: str, place: Path, hub: LoopbackHub) -> None:
+    release_what_is_named(code, hub)
     names: dict[str, Any] = {}
     exec(compile(code, page, "exec"), names)
     if "images" in names:
@@ -156,7 +167,10 @@ def test_an_example_runs(page: str, code: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", commands())
-def test_commands_run(lines: list[str], place: Path, fresh_accelerate: Callable[[], None], tiny_vae: Path) -> None:
+def test_commands_run(
+    lines: list[str], place: Path, hub: LoopbackHub, fresh_accelerate: Callable[[], None], tiny_vae: Path
+) -> None:
+    release_what_is_named("\n".join(lines), hub)
     for part in [part for line in lines for part in line.split("&&")]:
         words = [word for word in shlex.split(part, comments=True) if not re.match(r"[A-Z_]+=", word)]
         if words[:3] == ["pip", "install", "-e"]:
@@ -165,6 +179,7 @@ def test_commands_run(lines: list[str], place: Path, fresh_accelerate: Callable[
         elif words != ["pytest"]:  # this very run
             launch(words, place, tiny_vae)
             fresh_accelerate()
+            assert "train_scripts/push_to_hub.py" not in words or "dry_run=true" in words or hub.repositories
 
 
 def launch(words: list[str], place: Path, tiny_vae: Path) -> None:
@@ -220,6 +235,7 @@ def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
             small += [f"pretrained_vae_model_name_or_path={tiny_vae}"]
     else:
         small = {
+            "push_to_hub": [],
             "sample": ["num_inference_steps=2", "num_images_per_class=1"],
             "plan": [],
             "generate_samples": ["num_images=6", "images_per_pass=3", "num_inference_steps=2", "format=png"],
@@ -243,11 +259,18 @@ def test_the_first_example_is_ten_lines_that_train_a_diffusers_model() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_readme_opens_a_pipeline_without_this_package(place: Path) -> None:
-    example = blocks("python")[1].values[1]
-    check = "\nimport sys\nassert len(images) == 2 and 'speed_diffusers' not in sys.modules\n"
+def test_the_readme_opens_pipelines_without_this_package_from_disk_and_from_the_hub(
+    place: Path, hub: LoopbackHub
+) -> None:
+    examples = [blocks("python")[index].values[1] for index in (1, 2)]
+    release_what_is_named(examples[1], hub)
+    check = "\nimport sys\nassert len(images) == 2 and 'speed_diffusers' not in sys.modules\ndel images, pipeline\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", example + check], cwd=place, env=environment, check=True)
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "huggingface"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", check.join([*examples, ""])], cwd=place, env=environment, check=True, timeout=300
+    )
+    assert hub.times_asked("GET", "/your-name/.*/resolve/.*safetensors$") == 2, "the two models, in one variant"
 
 
 def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
