@@ -29,6 +29,7 @@ import hashlib
 import json
 import re
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,15 @@ class Refusal(Exception):
         self.status, self.code, self.message, self.more = status, code, message, more
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that were killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class LoopbackHub:
     """The server, with everything that it was given and asked; `with LoopbackHub() as hub` runs it.
 
@@ -165,8 +175,7 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.xet_folder: Path | None = None
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "LoopbackHub":

@@ -179,9 +179,14 @@ def _sidecar_of_checkpoint(run: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def _record_in(sidecar: Mapping[str, Any]) -> TrainingRecord:
-    """What a sidecar file tells of its run; of a newer version's as much as this one knows."""
+    """What a sidecar file tells of its run: of a newer version's as much as this one knows, of an older one's less."""
     known = {each.name for each in fields(TrainingRecord)}
-    return TrainingRecord(**{name: value for name, value in sidecar.get("training", {}).items() if name in known})
+    if "training" in sidecar:
+        return TrainingRecord(**{name: value for name, value in sidecar["training"].items() if name in known})
+    config = sidecar.get("training_config", {})
+    # Other names may have been folders of the machine.
+    names = {"dataset": config.get("dataset_name"), "vae": config.get("pretrained_vae_model_name_or_path")}
+    return TrainingRecord(**{part: name for part, name in names.items() if name == EMBEDDED})
 
 
 def _score_in(sidecar: Mapping[str, Any]) -> list[Score]:
