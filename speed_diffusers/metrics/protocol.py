@@ -52,8 +52,9 @@ class Protocol:
         extractor_sha256: Hash of its weights.
         reference: Name of the reference; its hash decides whether two are equal.
         reference_sha256: Hash of the reference's file.
-        num_reference_images: Images behind the reference.
+        num_reference_images: Images behind the reference's mean and covariance; None where the file does not say.
         nearest: k of precision and recall.
+        measures: Constants of the metrics in published features, by metric; empty for other features.
     """
 
     num_images: int
@@ -72,8 +73,9 @@ class Protocol:
     extractor_sha256: str
     reference: str = field(compare=False)
     reference_sha256: str
-    num_reference_images: int
+    num_reference_images: int | None
     nearest: int
+    measures: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
@@ -82,9 +84,10 @@ class Protocol:
         Raises:
             InputError: Parts of it are missing, or there are others: another version wrote it.
         """
-        names = [each.name for each in fields(cls)]
-        if set(values) != set(names):
-            odd = ", ".join(sorted(set(values) ^ set(names)))
+        names = {each.name for each in fields(cls)}
+        # Older scores, of features that have none, do not mention them.
+        if set(values) | {"measures"} != names:
+            odd = ", ".join(sorted((set(values) | {"measures"}) ^ names))
             raise InputError(f"a protocol of another version; these parts are missing or unknown: {odd}.")
         return cls(**{**values, "guidance_interval": tuple(values["guidance_interval"])})
 
@@ -95,7 +98,10 @@ class Protocol:
 
     def short_hash(self) -> str:
         """Eight hexadecimal digits that stand for the protocol in file names."""
-        text = json.dumps(self.compared(), sort_keys=True)
+        parts = self.compared()
+        if not parts["measures"]:
+            del parts["measures"]  # as the files of older scores are named
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def in_words(self) -> str:
@@ -108,10 +114,13 @@ class Protocol:
             if self.guidance_interval != (0.0, 1.0):
                 guidance += " in [{:g}, {:g}]".format(*self.guidance_interval)
         sampler = self.sampler.removesuffix("Scheduler")
+        reference = f"reference {self.reference}"
+        if self.num_reference_images:
+            reference += f" ({self.num_reference_images:,} images)"
         return (
             f"{self.num_images:,} images of {self.resolution}x{self.resolution} ({self.labels}), {sampler} "
             f"{self.num_inference_steps} steps, {guidance}, {self.weights} weights, seed {self.seed}; features of "
-            f"{self.extractor}, reference {self.reference} ({self.num_reference_images:,} images)"
+            f"{self.extractor}, {reference}"
         )
 
 

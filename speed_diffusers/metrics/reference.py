@@ -36,6 +36,10 @@ class Reference:
     resolution: int | None = None
 
 
+NO_REFERENCE = Reference("none", "", FeatureStatistics(torch.empty(0), torch.empty(0, 0), 0))
+"""For scores whose metrics compare with nothing."""
+
+
 def save_statistics(
     statistics: FeatureStatistics,
     path: str | Path,

@@ -1,8 +1,10 @@
 """The score of a pipeline: every metric of images that it generates, with the protocol they were measured under."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -18,13 +20,16 @@ from ..errors import InputError, unknown_name
 from ..files import tensors_sha256
 from ..generation.generate import GenerationSettings, generate, lost_rows, row_names_of, speed_pipeline
 from ..version import __version__
+from .clip_score import prompt_of
 from .extractors import FeatureExtractor, load_extractor
-from .metric import METRICS, Samples
+from .measurement import Measurement
+from .metric import METRICS, MetricSettings, general_metrics
 from .precision_recall import NEAREST
 from .protocol import Protocol, labels_in_words, sampler_settings
-from .reference import Reference, load_reference
+from .reference import NO_REFERENCE, Reference, load_reference
 from .score_record import Environment, Score
-from .statistics import StatisticsAccumulator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,37 @@ class ScoreSettings(GenerationSettings):
         metrics: Names in `METRICS`.
         extractor: Makes the features.
         reference: What the features are compared with.
+        num_bootstrap: Draws for intervals around the numbers, as in intervals.py; 0: none.
+        kid_subset_size: Images in each of KID's random subsets.
     """
 
     batch_size: int = option(100, "Images generated at once.", interval="[1, 10^6]")
     num_images: int = option(2000, "Generated images.", interval="[2, 10^7]")
     class_rows: Sequence[int] | None = None
     weights: str = "ema"
-    metrics: Sequence[str] = field(default_factory=lambda: tuple(METRICS))
+    metrics: Sequence[str] = field(default_factory=lambda: tuple(general_metrics()))
     extractor: FeatureExtractor = field(default_factory=load_extractor)
     reference: Reference = field(default_factory=load_reference)
+    num_bootstrap: int = option(0, "Draws for 95 % intervals of the numbers; 0: none.", interval="[0, 10^5]")
+    kid_subset_size: int = option(1000, "Images in each of KID's 100 subsets.", interval="[2, 10^6]")
+
+    @property
+    def metric_settings(self) -> MetricSettings:
+        """What the metrics are told."""
+        return MetricSettings(self.kid_subset_size, equal_counts=not self.extractor.published)
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """The constants of all metrics that are defined in the extractor's features, for the protocol."""
+        if not self.extractor.published:
+            return {}
+        settings = self.metric_settings
+        own = {
+            name: dict(entry.function.constants(settings))
+            for name, entry in METRICS.items()
+            if entry.function.extractor == self.extractor.name
+        }
+        return {**own, "precision_recall": {"equal_counts": settings.equal_counts}}
 
 
 def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
@@ -87,6 +114,7 @@ def make_protocol(pipeline: DiTPipeline, settings: ScoreSettings) -> Protocol:
         reference_sha256=settings.reference.sha256,
         num_reference_images=settings.reference.statistics.count,
         nearest=NEAREST,
+        measures=settings.measures,
     )
 
 
@@ -98,9 +126,12 @@ def check_measurable(settings: ScoreSettings, resolution: int) -> None:
         resolution: Side of the images in pixels.
 
     Raises:
-        InputError: The reference is of another resolution or extractor, or lacks what a metric needs.
+        InputError: The reference is of another resolution or extractor, or lacks what a metric needs; or a metric is
+            of another extractor's features.
     """
     extractor, reference = settings.extractor, settings.reference
+    if settings.num_bootstrap == 1:
+        raise InputError("num_bootstrap=1: must be 0 or at least 2.")
     if reference.resolution not in (None, resolution):
         raise InputError(
             f"The reference '{reference.name}' is of {reference.resolution}x{reference.resolution} images, the "
@@ -117,10 +148,23 @@ def check_measurable(settings: ScoreSettings, resolution: int) -> None:
     for name in settings.metrics:
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)
-        METRICS[name].function.check(name, settings.num_images, reference)
+        metric = METRICS[name].function
+        if metric.extractor not in (None, extractor.name):
+            raise InputError(f"metrics={name}: is defined in features of {metric.extractor}, not of {extractor.name}.")
+        halves = settings.num_bootstrap > 0
+        metric.check(name, settings.num_images, reference, settings.metric_settings, halves=halves)
     features, _ = extractor(torch.full((2, 3, resolution, resolution), 0.5))
+    distances = [name for name in settings.metrics if METRICS[name].function.of_statistics]
+    if extractor.published and distances and settings.num_images <= features.shape[1]:
+        logger.warning(
+            "%s of %d images in %d features: their covariance is singular, and the distance compares with others "
+            "of as many images only.",
+            ", ".join(distances),
+            settings.num_images,
+            features.shape[1],
+        )
     needed = len(reference.statistics.mean)
-    if features.shape[1] != needed:
+    if reference is not NO_REFERENCE and features.shape[1] != needed:
         raise InputError(
             f"feature_extractor={extractor.name} makes {features.shape[1]} features, the reference "
             f"'{reference.name}' has {needed}."
@@ -147,34 +191,62 @@ def score_pipeline(
         InputError: What cannot be generated or measured so; nothing has been generated.
     """
     settings = settings or ScoreSettings()
-    began = time.perf_counter()
     protocol = protocol or make_protocol(pipeline, settings)
-    rows = _class_rows(pipeline, settings)
-    labels = [rows[index % len(rows)] for index in range(settings.num_images)]
-    statistics, features, predicted = StatisticsAccumulator(), list[Tensor](), list[Tensor]()
-    for images in _images(pipeline, labels, settings, description):
-        made, logits = settings.extractor(images)
-        statistics.update(made)
-        features.append(made)
-        predicted += [] if logits is None else [logits.argmax(1)]
-    samples = Samples(
-        features=torch.cat(features),
-        statistics=statistics.result(extractor_sha256=settings.extractor.sha256),
-        predicted=torch.cat(predicted) if predicted else None,
-        wanted=_wanted_classes(pipeline, labels, settings.extractor.classes),
-        reference=settings.reference,
-    )
-    values: dict[str, float | None] = {}
-    for name in settings.metrics:
-        values |= METRICS[name].function(samples)
-    environment = Environment(
-        torch=str(torch.__version__),
-        diffusers=diffusers.__version__,
-        speed_diffusers=__version__,
-        device=pipeline.transformer.device.type,
-        seconds=round(time.perf_counter() - began, 1),
-    )
-    return Score(values, tensors_sha256(pipeline.transformer.state_dict()), protocol, environment)
+    return score_in_each(pipeline, [(settings, protocol)], description=description)[0]
+
+
+def score_in_each(
+    pipeline: DiTPipeline, ways: Sequence[tuple[ScoreSettings, Protocol]], *, description: str = "Scoring"
+) -> list[Score]:
+    """Generates images once, classes in turn, and measures them in the features of several extractors.
+
+    Args:
+        pipeline: Any DiT pipeline.
+        ways: Settings that differ in extractor, reference and metrics only, each with its protocol.
+        description: Name of the progress bar.
+
+    Returns:
+        A score for each.
+    """
+    began = time.perf_counter()
+    shared = ways[0][0]
+    rows = _class_rows(pipeline, shared)
+    labels = [rows[index % len(rows)] for index in range(shared.num_images)]
+    measurements = [
+        Measurement(settings.extractor, settings.reference, settings.metrics, settings.metric_settings)
+        for settings, _ in ways
+    ]
+    for images in _images(pipeline, labels, shared, description):
+        batch = images.to(shared.extractor.device)  # once for all of them
+        for measurement in measurements:
+            measurement.update(batch)
+    weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
+    scores = []
+    for (settings, protocol), measurement in zip(ways, measurements, strict=True):
+        values, intervals = measurement.result(
+            wanted=_wanted_classes(pipeline, labels, settings.extractor.classes),
+            texts=_text_features(pipeline, labels, settings) if "clip_score" in settings.metrics else None,
+            num_bootstrap=settings.num_bootstrap,
+        )
+        environment = Environment(
+            torch=str(torch.__version__),
+            diffusers=diffusers.__version__,
+            speed_diffusers=__version__,
+            device=pipeline.transformer.device.type,
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        scores.append(Score(values, weights_sha256, protocol, environment, intervals))
+    return scores
+
+
+def _text_features(pipeline: DiTPipeline, labels: Sequence[int], settings: ScoreSettings) -> Tensor | None:
+    """Features of the text that names each image's class, (N, D); None where a class has no name."""
+    names = row_names_of(pipeline)
+    if settings.extractor.texts is None or not set(labels) <= set(names):
+        return None
+    rows = sorted(set(labels))
+    features = settings.extractor.texts([prompt_of(names[row]) for row in rows])
+    return features[torch.tensor([rows.index(row) for row in labels])]
 
 
 def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
@@ -192,7 +264,7 @@ def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
 def _wanted_classes(pipeline: DiTPipeline, labels: Sequence[int], classes: Sequence[str] | None) -> Tensor | None:
     """The extractor's class of each image (N,), by name where both sides name theirs; None where there is none."""
     rows, row_names, null = set(labels), row_names_of(pipeline), speed_pipeline(pipeline).null_class_id
-    if null in rows:
+    if null in rows or (classes is not None and not classes):
         return None
     if classes is None or not row_names:
         # Rows of the table leave out the one that means "no class".

@@ -47,12 +47,15 @@ class Score:
         weights_sha256: Hash of the transformer's weights.
         protocol: How it was measured; scores under other protocols do not compare.
         environment: Where it was measured.
+        intervals: Lower and upper end of 95 % intervals by the names of numbers; see intervals.py. Empty where nothing
+            was resampled.
     """
 
     values: Mapping[str, float | None]
     weights_sha256: str
     protocol: Protocol
     environment: Environment = field(compare=False)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def frechet_distance(self) -> float | None:
@@ -66,8 +69,10 @@ class Score:
 
     def to_dict(self) -> dict[str, object]:
         """The score as JSON values, the numbers first."""
+        intervals = {"intervals": self.intervals} if self.intervals else {}
         return {
             **self.values,
+            **intervals,
             "weights_sha256": self.weights_sha256,
             "protocol": dataclasses.asdict(self.protocol),
             "environment": dataclasses.asdict(self.environment),
@@ -145,8 +150,13 @@ def load_score(path: Path) -> ScoreRecord:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no score of this version ({type(error).__name__}: {error}).") from error
     check_values(path, {"weights_sha256": weights_sha256}, {"weights_sha256": str})
+    intervals = document.pop("intervals", {})
+    check_values(path, {"intervals": intervals}, {"intervals": dict[str, list[float]]})
+    if odd := [name for name, ends in intervals.items() if len(ends) != 2]:
+        raise InputError(f"{path}: intervals of {odd[0]} must be two numbers.")
     check_values(path, document, dict.fromkeys(document, float | None))
-    return ScoreRecord(Score(document, weights_sha256, protocol, environment), **place)
+    ends_of = {name: (low, high) for name, (low, high) in intervals.items()}
+    return ScoreRecord(Score(document, weights_sha256, protocol, environment, ends_of), **place)
 
 
 def load_scores(folder: Path) -> list[ScoreRecord]:

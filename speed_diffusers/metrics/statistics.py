@@ -15,13 +15,13 @@ class FeatureStatistics:
     Attributes:
         mean: (D,) float64.
         covariance: (D, D) float64, symmetric, the unbiased estimate (divisor count - 1).
-        count: Number of feature vectors behind the estimate, at least 2.
+        count: Number of feature vectors behind the estimate, at least 2; None in a file that does not say.
         extractor_sha256: Hash of the classifier file that made the features, empty if unknown.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
-    count: int
+    count: int | None
     extractor_sha256: str = ""
 
 

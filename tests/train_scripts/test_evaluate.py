@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from speed_diffusers.assets import EMBEDDED_CLASSIFIER
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import tensors_sha256
 from speed_diffusers.generation import GenerationSettings, generate, load_pipeline
-from speed_diffusers.metrics import load_reference, save_statistics
+from speed_diffusers.metrics import load_extractor, load_npz_reference, load_reference, save_statistics
+from speed_diffusers.metrics.score import ScoreSettings, check_measurable
 from speed_diffusers.metrics.score_record import load_scores
 from speed_diffusers.train_scripts import evaluate, make_reference_statistics, train_dit_speed
 from speed_diffusers.training.snapshots import put_weights
@@ -310,13 +314,27 @@ def test_checkpoints_can_be_scored_with_the_weights_as_trained(run: Path, caplog
         (["reference=large.safetensors"], "is of 64x64 images, the pipeline makes 32x32"),
         (["reference=plain.safetensors"], "metrics=kernel_distance: the reference 'plain.safetensors' holds mean and"),
         (["reference=few.safetensors"], "images of the reference=3: precision_recall needs at least 4"),
-        (["feature_extractor=own.py:means"], "made with another feature extractor than 'own.py:means'"),
+        (["feature_extractor=own.py:means"], "reference=embedded: none is in features of own.py:means; make one"),
+        (["feature_extractor=own.py:means", "reference=plain.safetensors"], "another feature extractor than 'own.py"),
+        (["metrics=fid"], "feature_extractor=inception: torch_fidelity is not installed; run: pip install"),
+        (["num_bootstrap=2", "num_images=7"], "num_images=7: precision_recall with num_bootstrap needs at least 8"),
+        (["num_bootstrap=1"], "num_bootstrap=1: must be 0 or at least 2"),
+        (["metrics=fidd"], "Unknown metrics 'fidd'. Did you mean 'fid'"),
+        (["reference=nowhere.npz"], "reference=nowhere.npz: there is no such file"),
+        (["reference=cut.npz"], "reference=cut.npz: cannot be read as npz"),
+        (
+            ["reference=flat.npz"],
+            r"reference=flat.npz: arr_0 is \(4, 32, 32\) of uint8; expected \(N, H, H, 3\) of uint8",
+        ),
+        (["reference=narrow.npz"], r"reference=narrow.npz: mu is \(64,\); expected \(2048,\)"),
+        (["reference=cut.safetensors"], "'cut.safetensors' holds no reference statistics"),
+        (["feature_extractor=cut_classifier.safetensors"], "'cut_classifier.safetensors' holds no classifier"),
         (["feature_extractor=own.py:means", "reference=nameless.safetensors"], "makes 3 features, .* has 64"),
         (["output_dir=own.py"], "output_dir=own.py/run: .*own.py is a file"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_generated(
-    options: list[str], message: str, run: Path, generated: list[int]
+    options: list[str], message: str, run: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = load_reference()
     statistics, features = shipped.statistics, shipped.features
@@ -326,6 +344,16 @@ def test_wrong_input_is_refused_before_anything_is_generated(
     save_statistics(replace(statistics, count=3), "few.safetensors", features=features[:3], resolution=32)
     save_statistics(replace(statistics, extractor_sha256=""), "nameless.safetensors", features=features)
     Path("own.py").write_text("means = lambda: lambda images: images.mean(dim=(2, 3))\n")
+    np.savez("whole.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    for whole, cut in (
+        (Path("whole.npz"), "cut.npz"),
+        (Path("large.safetensors"), "cut.safetensors"),
+        (EMBEDDED_CLASSIFIER, "cut_classifier.safetensors"),
+    ):
+        Path(cut).write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    np.savez("flat.npz", arr_0=np.zeros((4, 32, 32), np.uint8))
+    np.savez("narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     before = sorted(Path().rglob("*"))
     chosen = {option.split("=")[0] for option in options}
     rest = [option for option in ["models=run", *FEW] if option.split("=")[0] not in chosen]
@@ -333,3 +361,39 @@ def test_wrong_input_is_refused_before_anything_is_generated(
         evaluate.main([*options, *rest])
     assert "\n" not in str(error.value)
     assert generated == [] and sorted(Path().rglob("*")) == before
+
+
+def test_intervals_are_measured_once_and_shown(
+    run: Path, generated: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["models=run", *FEW, "metrics=frechet_distance,class_agreement"]
+    evaluate.main(options)
+    without = capsys.readouterr().out
+    for _ in range(2):
+        evaluate.main([*options, "num_bootstrap=3"])
+    assert generated == [8, 8], "once without intervals, once with them"
+    (record,) = load_scores(run / "scores")
+    low, high = record.score.intervals["frechet_distance"]
+    assert low < record.score.values["frechet_distance"] < high and list(record.score.intervals) == [
+        "frechet_distance"
+    ]
+    shown = capsys.readouterr().out
+    assert f"[{low:.4g}, {high:.4g}]" in shown and "[" not in without.splitlines()[1]
+
+
+def test_images_of_an_npz_file_are_a_reference_for_any_extractor(run: Path) -> None:
+    Path("own.py").write_text(
+        "import torch\nmaker = lambda: torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())\n"
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez("batch.npz", arr_0=pixels)
+    evaluate.main(["models=run", *FEW, "feature_extractor=own.py:maker", "reference=embedded,batch.npz"])
+    (record,) = load_scores(run / "scores")
+    protocol = record.score.protocol
+    assert (protocol.reference, protocol.num_reference_images, protocol.measures) == ("batch.npz", 20, {})
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    features = torch.nn.functional.avg_pool2d(images, 16).flatten(1)
+    own = load_npz_reference("batch.npz", load_extractor("own.py:maker"), needs_features=True)
+    assert own.features is not None and torch.equal(own.features, features) and own.resolution == 32
+    with pytest.raises(InputError, match="is of 32x32 images, the pipeline makes 64x64"):
+        check_measurable(ScoreSettings(extractor=load_extractor("own.py:maker"), reference=own), 64)
