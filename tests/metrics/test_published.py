@@ -67,13 +67,13 @@ def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_inception_is_torch_fidelitys_own_call(inception_file: str) -> None:
-    images = images_of(5, 40, 0)
+    images = images_of(3, 40, 0)
     extractor = load_extractor("inception", weights=inception_file)
     features, logits = extractor(images)
     options = {"feature_extractor_weights_path": inception_file, "cuda": False, "verbose": False}
     network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **options)
     theirs = extract_featuresdict_from_input_id(1, network, input1=Pixels(images), **options)
-    assert features.shape == (5, 2048) and float(features.std(0).mean()) > 1e-3, "or anything would be equal"
+    assert features.shape == (3, 2048) and float(features.std(0).mean()) > 1e-3, "or anything would be equal"
     torch.testing.assert_close(features, theirs["2048"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, theirs["logits_unbiased"], rtol=1e-4, atol=1e-5)
 
@@ -84,9 +84,9 @@ def test_inception_is_torch_fidelitys_own_call(inception_file: str) -> None:
     spatial, none = load_extractor("inception_spatial", weights=inception_file)(images)
     branch = network.Mixed_6d.branch1x1
     maps = torch.relu(branch.bn(nn.functional.conv2d(before[0], branch.conv.weight)))
-    assert spatial.shape == (5, 2023) and none is None
-    torch.testing.assert_close(spatial.reshape(5, 17, 17, 7)[:, 3, 8, 2], maps[:, 2, 3, 8], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(spatial.reshape(5, 17, 17, 7), maps[:, :7].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    assert spatial.shape == (3, 2023) and none is None
+    torch.testing.assert_close(spatial.reshape(3, 17, 17, 7)[:, 3, 8, 2], maps[:, 2, 3, 8], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(spatial.reshape(3, 17, 17, 7), maps[:, :7].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_one_pass_serves_features_and_spatial_features(inception_file: str) -> None:
@@ -94,7 +94,7 @@ def test_one_pass_serves_features_and_spatial_features(inception_file: str) -> N
     passes: list[object] = []
     hook = network.network.Conv2d_1a_3x3.register_forward_hook(lambda module, inputs, output: passes.append(output))
     pooled, spatial = (load_extractor(name, weights=inception_file) for name in ("inception", "inception_spatial"))
-    images, others = images_of(2, 32, 1), images_of(2, 32, 2)
+    images, others = images_of(1, 32, 1), images_of(1, 32, 2)
     first = spatial(images)[0]
     pooled(images)
     assert len(passes) == 1
@@ -112,7 +112,7 @@ def test_clean_inception_is_clean_fids_own_call(inception_file: str, tmp_path: P
     class Scripted(nn.Module):
         def __init__(self, layers: nn.Module) -> None:
             super().__init__()
-            self.layers = torch.jit.trace(layers, torch.rand(1, 3, 299, 299))
+            self.layers = torch.jit.trace(layers, torch.rand(1, 3, 299, 299), check_trace=False)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layers(x)
@@ -120,19 +120,19 @@ def test_clean_inception_is_clean_fids_own_call(inception_file: str, tmp_path: P
     trunk = load_inception(inception_file, torch.device("cpu"))._trunk
     torch.jit.script(Scripted(trunk)).save(str(tmp_path / "inception-2015-12-05.pt"))
     network = InceptionV3W(str(tmp_path), download=False, resize_inside=False)
-    images = images_of(3, 48, 3)
+    images = images_of(2, 48, 3)
     folder = tmp_path / "images"
     folder.mkdir()
     for number, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     theirs = fid.get_folder_features(
-        str(folder), network, num_workers=0, batch_size=3, device=torch.device("cpu"), mode="clean", verbose=False
+        str(folder), network, num_workers=0, batch_size=2, device=torch.device("cpu"), mode="clean", verbose=False
     )
     features, logits = load_extractor("inception_clean", weights=inception_file)(images)
     np.testing.assert_allclose(features.numpy(), theirs, rtol=1e-3, atol=1e-4)
-    assert logits is not None and logits.shape == (3, 1008)
+    assert logits is not None and logits.shape == (2, 1008)
     plain, _ = load_extractor("inception", weights=inception_file)(images)
-    assert float((plain - features).abs().mean()) > 1e-2 * float(features.abs().mean()), "another protocol"
+    assert np.abs(plain.numpy() - theirs).mean() > 30 * np.abs(features.numpy() - theirs).mean(), "another protocol"
 
 
 def test_dinov2_is_transformers_own_call_on_images_resized_by_torchvision(dinov2_folder: str) -> None:
@@ -273,7 +273,7 @@ def test_distances_are_torchmetrics_with_any_feature_module() -> None:
 
 def test_adms_npz_gives_statistics_to_distances_and_images_to_pairs(inception_file: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     statistics = {
         "mu": rng.normal(size=2048),
         "sigma": np.eye(2048),
@@ -376,7 +376,7 @@ def test_all_of_them_in_one_command(
         return generate(pipeline, rows, settings)
 
     monkeypatch.setattr("speed_diffusers.metrics.score.generate", counting)
-    images = images_of(20, 32, 9)
+    images = images_of(10, 32, 9)
     rng = np.random.default_rng(0)
     np.savez(
         "adm.npz",
