@@ -224,7 +224,7 @@ def torch_fidelitys(generated: Tensor, real: Tensor, subset_size: int, **options
 
 
 def torchmetrics_own(
-    generated: Tensor, real: Tensor, subset_size: int, feature: Mapping[str, Any], **options: Any
+    generated: Tensor, real: Tensor, subset_size: int, modules: Mapping[str, nn.Module]
 ) -> dict[str, float]:
     """The same by torchmetrics, which draws subsets and splits otherwise and has no precision and recall."""
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -232,9 +232,9 @@ def torchmetrics_own(
     from torchmetrics.image.kid import KernelInceptionDistance
 
     torch.manual_seed(0)
-    fid = FrechetInceptionDistance(feature=feature["features"], **options)
-    subsets = KernelInceptionDistance(feature=feature["features"], subset_size=subset_size, **options)
-    score = InceptionScore(feature=feature["logits"], **options)
+    fid = FrechetInceptionDistance(feature=modules["features"])
+    subsets = KernelInceptionDistance(feature=modules["features"], subset_size=subset_size)
+    score = InceptionScore(feature=modules["logits"])
     pairs = ((real, True), (generated, False))
     for images, is_real in pairs:
         for batch in tqdm(to_uint8(images).split(50), desc="torchmetrics", unit="batch"):
@@ -267,6 +267,8 @@ def real_images(count: int, cache_dir: str) -> Tensor:
 
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
     """All numbers, by features and then by who computed them."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
     began = time.perf_counter()
     most = max(config.num_images, config.num_inception_images)
     generated = generated_images(most)
@@ -286,11 +288,14 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         }
         one, other = generated[:few], real[:few]
         place = {"feature_extractor_weights_path": weights}
-        layers = {"features": 2048, "logits": "logits_unbiased"}
+        layers = {
+            name: NoTrainInceptionV3("inception-v3-compat", [layer], **place)
+            for name, layer in (("features", "2048"), ("logits", "logits_unbiased"))
+        }
         found["inception"] = {
             "speed_diffusers": ours(inception, one, other, size),
             "torch-fidelity": torch_fidelitys(one, other, size, feature_extractor="inception-v3-compat", **place),
-            "torchmetrics": torchmetrics_own(one, other, size, layers, **place),
+            "torchmetrics": torchmetrics_own(one, other, size, layers),
         }
     return {
         "command": " ".join(["python benchmarks/score_libraries.py", *sys.argv[1:]]),
