@@ -27,6 +27,15 @@ METRIC_NAMES = {
     "precision": "precision (higher is better)",
     "recall": "recall (higher is better)",
     "class_agreement": "class agreement (higher is better)",
+    "fid": "FID (lower is better)",
+    "sfid": "sFID (lower is better)",
+    "clean_fid": "clean FID (lower is better)",
+    "kid": "KID (lower is better)",
+    "clean_kid": "clean KID (lower is better)",
+    "inception_score": "Inception Score (higher is better)",
+    "fd_dinov2": "FD-DINOv2 (lower is better)",
+    "cmmd": "CMMD (lower is better)",
+    "clip_score": "CLIP score (higher is better)",
 }
 
 

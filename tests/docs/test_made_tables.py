@@ -1,6 +1,7 @@
 """The tables in docs/ are what docs/make_tables.py makes of the code; no call to a strategy waits for a device."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,15 @@ MARK = r"<!-- made: (\w+) -->"
 @pytest.mark.filterwarnings("ignore")
 def test_the_tables_of_a_page_are_what_the_code_makes(page: str) -> None:
     assert MAKER.with_tables(TEXTS[page]) == TEXTS[page], "run: python docs/make_tables.py"
+
+
+def test_the_committed_scores_are_the_libraries_to_a_thousandth() -> None:
+    result = json.loads(MAKER.SCORE_LIBRARIES.read_text("utf-8"))
+    for numbers in result["numbers"].values():
+        assert numbers["speed_diffusers"] == pytest.approx(numbers["torch-fidelity"], rel=1e-3)
+        # Of what torchmetrics does not draw otherwise.
+        for name in ("fid", "kernel_distance"):
+            assert numbers["speed_diffusers"][name] == pytest.approx(numbers["torchmetrics"][name], rel=1e-3)
 
 
 def test_every_table_has_its_page() -> None:
