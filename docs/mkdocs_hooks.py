@@ -1,0 +1,112 @@
+"""What mkdocs does not do by itself: the README as front page, pages that are linked outside docs/, API pages.
+
+`mkdocs.yml` names this file. Nothing of it is written to disk before the site is.
+"""
+
+import ast
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "speed_diffusers"
+FRONT_PAGE = "README.md"
+# Code is left as it is: it comes first, so that what looks like a link in it is not found.
+CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(?<=\]\()(?!\w+:|#)(?P<link>[^)\s]+)(?=\))", re.M | re.S)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Ends the navigation with the API pages, one for each room of the library."""
+    config.nav = [*(config.nav or []), {"API": ["api/index.md", *(f"api/{room}.md" for room in rooms())]}]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the front page, the API pages, and every file outside docs/ that a page links to, over any number of links."""
+    waiting = [FRONT_PAGE, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
+    files.append(outside(FRONT_PAGE, config, InclusionLevel.INCLUDED))
+    while waiting:
+        page = waiting.pop()
+        for linked in links(page):
+            if site_uri(linked) not in files.src_uris and (ROOT / linked).is_file():
+                files.append(outside(linked, config, InclusionLevel.NOT_IN_NAV))
+                if linked.endswith(".md"):
+                    waiting.append(linked)
+    for uri, text in api_pages().items():
+        files.append(File.generated(config, uri, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns links between places in the checkout into links between places in the site."""
+    if page.file.abs_src_path is None:  # an API page
+        return markdown
+    source = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
+    here = posixpath.dirname(page.file.src_uri)
+    return with_links(markdown, source, lambda path: posixpath.relpath(site_uri(path), here or "."))
+
+
+def outside(path: str, config: MkDocsConfig, inclusion: InclusionLevel) -> File:
+    """A file of the checkout that lies outside docs/."""
+    return File.generated(config, site_uri(path), abs_src_path=str(ROOT / path), inclusion=inclusion)
+
+
+def site_uri(path: str) -> str:
+    """Where a file of the checkout lies in the site: what is in docs/ at its top, all else under its path."""
+    return "index.md" if path == FRONT_PAGE else path.removeprefix("docs/")
+
+
+def links(page: str) -> list[str]:
+    """Paths from the top of the checkout of all files that a page of it links to."""
+    found: list[str] = []
+
+    def note(path: str) -> str:
+        found.append(path)
+        return path
+
+    with_links((ROOT / page).read_text("utf-8"), page, note)
+    return found
+
+
+def with_links(markdown: str, page: str, replaced: Callable[[str], str]) -> str:
+    """Markdown with each link to a file replaced; both ends are paths from the top of the checkout."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match["link"] is None:
+            return match[0]
+        name, hash_sign, anchor = match["link"].partition("#")
+        return replaced(posixpath.normpath(posixpath.join(posixpath.dirname(page), name))) + hash_sign + anchor
+
+    return CODE_OR_LINK.sub(replace, markdown)
+
+
+def rooms() -> dict[str, Path]:
+    """The rooms of the library, folders first, each with the file whose docstring says what it is."""
+    folders = {path.parent.name: path for path in sorted(LIBRARY.glob("*/__init__.py"))}
+    return folders | {path.stem: path for path in sorted(LIBRARY.glob("*.py")) if path.stem != "__init__"}
+
+
+def api_pages() -> dict[str, str]:
+    """The API pages by their place in the site: a list of the rooms, and a page for each of them."""
+    table = ["| room | |", "|---|---|"]
+    pages = {}
+    for room, file in rooms().items():
+        summary = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").splitlines()[0]
+        table.append(f"| [`speed_diffusers.{room}`]({room}.md) | {summary} |")
+        pages[f"api/{room}.md"] = f"---\ntitle: {room}\n---\n\n::: speed_diffusers.{room}\n"
+    head = "# API\n\nWhat `import speed_diffusers` gives is defined in these rooms:\n\n"
+    public = "\n".join(f"- [`{name}`][{path}]" for name, path in public_names())
+    return {"api/index.md": f"{head}{public}\n\n## The rooms\n\n" + "\n".join(table) + "\n"} | pages
+
+
+def public_names() -> Iterator[tuple[str, str]]:
+    """The documented names that the package itself gives, each with its full name where it is defined."""
+    for node in ast.parse((LIBRARY / "__init__.py").read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module != "version":
+            for alias in node.names:
+                yield alias.name, ".".join(filter(None, ("speed_diffusers", node.module, alias.name)))

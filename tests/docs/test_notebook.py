@@ -1,0 +1,45 @@
+"""The notebooks run from the first cell to the last in a real kernel, and are committed without outputs."""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def test_there_is_a_notebook() -> None:
+    assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_outputs_are_committed(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells and all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell cell finds `accelerate` and `python` where a user's would: in the environment of the kernel.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()  # raises where a cell does, shell cells too
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for name in ("generate", "samples", "plot", "compare"):
+        assert any("image/png" in output.get("data", {}) for output in outputs[name]), name
+    areas, losses = (
+        "".join(output.text for output in outputs[name] if output.output_type == "stream") for name in ("areas", "own")
+    )
+    assert [line.split(":")[0].strip() for line in areas.splitlines()] == ["acceleration", "deceleration", "convergence"]
+    first, last = (float(word) for word in losses.split() if word.replace(".", "").isdigit())
+    assert last < 0.5 * first
+    for run in ("speed", "uniform"):
+        assert (tmp_path / "runs" / run / "pipeline" / "model_index.json").is_file()
