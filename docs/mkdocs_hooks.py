@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the front page, the API pages, and every file outside docs/ that a page links to, over any number of links."""
+    """Adds the front page, the API pages, the notebooks, and every file outside docs/ that links lead to."""
     waiting = [FRONT_PAGE, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
     files.append(outside(FRONT_PAGE, config, InclusionLevel.INCLUDED))
     while waiting:
@@ -37,18 +38,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(outside(linked, config, InclusionLevel.NOT_IN_NAV))
                 if linked.endswith(".md"):
                     waiting.append(linked)
-    for uri, text in api_pages().items():
+    notebooks = {f"{file.src_uri.removesuffix('.ipynb')}.md": ROOT / "docs" / file.src_uri for file in files}
+    notebooks = {uri: path for uri, path in notebooks.items() if path.suffix == ".ipynb"}
+    for uri, text in (api_pages() | {uri: notebook_page(path) for uri, path in notebooks.items()}).items():
         files.append(File.generated(config, uri, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turns links between places in the checkout into links between places in the site."""
-    if page.file.abs_src_path is None:  # an API page
+    if page.file.abs_src_path is None:  # made here
         return markdown
     source = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
     here = posixpath.dirname(page.file.src_uri)
-    return with_links(markdown, source, lambda path: posixpath.relpath(site_uri(path), here or "."))
+
+    def target(path: str) -> str:
+        """A notebook's page rather than the notebook."""
+        return posixpath.relpath(re.sub(r"\.ipynb$", ".md", site_uri(path)), here or ".")
+
+    return with_links(markdown, source, target)
 
 
 def outside(path: str, config: MkDocsConfig, inclusion: InclusionLevel) -> File:
@@ -83,6 +91,19 @@ def with_links(markdown: str, page: str, replaced: Callable[[str], str]) -> str:
         return replaced(posixpath.normpath(posixpath.join(posixpath.dirname(page), name))) + hash_sign + anchor
 
     return CODE_OR_LINK.sub(replace, markdown)
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook, which is committed without outputs, as a page that ends with a link to it."""
+    parts = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            # A shell cell says so in its first line, which is no command.
+            shell, plain = "%%bash\n", source.removeprefix("%%bash\n")
+            source = f"```{'bash' if source.startswith(shell) else 'python'}\n{plain}\n```"
+        parts.append(source)
+    return "\n\n".join([*parts, f"[Download the notebook]({path.name})"]) + "\n"
 
 
 def rooms() -> dict[str, Path]:
