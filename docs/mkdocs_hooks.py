@@ -119,10 +119,26 @@ def api_pages() -> dict[str, str]:
     for room, file in rooms().items():
         summary = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").splitlines()[0]
         table.append(f"| [`speed_diffusers.{room}`]({room}.md) | {summary} |")
-        pages[f"api/{room}.md"] = f"---\ntitle: {room}\n---\n\n::: speed_diffusers.{room}\n"
+        pages[f"api/{room}.md"] = api_page(room, file)
     head = "# API\n\nWhat `import speed_diffusers` gives is defined in these rooms:\n\n"
     public = "\n".join(f"- [`{name}`][{path}]" for name, path in public_names())
     return {"api/index.md": f"{head}{public}\n\n## The rooms\n\n" + "\n".join(table) + "\n"} | pages
+
+
+def api_page(room: str, file: Path) -> str:
+    """The page of a room: of a folder its docstring and then each of its modules, where names are defined."""
+    name = f"speed_diffusers.{room}"
+    options = {"heading_level": 1} | ({"members": False} if file.stem == "__init__" else {})
+    parts = [f"---\ntitle: {room}\n---", directive(name, options)]
+    if file.stem == "__init__":
+        modules = sorted(path.stem for path in file.parent.glob("*.py") if path != file)
+        parts += [directive(f"{name}.{module}", {"heading_level": 2}) for module in modules]
+    return "\n\n".join(parts) + "\n"
+
+
+def directive(name: str, options: dict[str, object]) -> str:
+    """What mkdocstrings replaces by the documentation of a name."""
+    return f"::: {name}\n    options: {json.dumps(options)}"
 
 
 def public_names() -> Iterator[tuple[str, str]]:
