@@ -23,7 +23,7 @@ CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(?<=\]\()(?!\w+:|#)(?P<link>[^)
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Ends the navigation with the API pages, one for each room of the library."""
-    config.nav = [*(config.nav or []), {"API": ["api/index.md", *(f"api/{room}.md" for room in rooms())]}]
+    config.nav = [*(config.nav or []), {"API": ["api/index.md", *map(api_uri, rooms())]}]
     return config
 
 
@@ -38,9 +38,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(outside(linked, config, InclusionLevel.NOT_IN_NAV))
                 if linked.endswith(".md"):
                     waiting.append(linked)
-    notebooks = {f"{file.src_uri.removesuffix('.ipynb')}.md": ROOT / "docs" / file.src_uri for file in files}
-    notebooks = {uri: path for uri, path in notebooks.items() if path.suffix == ".ipynb"}
-    for uri, text in (api_pages() | {uri: notebook_page(path) for uri, path in notebooks.items()}).items():
+    notebooks = sorted((ROOT / "docs").glob("*/*.ipynb"))
+    made = {page_of(site_uri(path.relative_to(ROOT).as_posix())): notebook_page(path) for path in notebooks}
+    for uri, text in (made | api_pages()).items():
         files.append(File.generated(config, uri, content=text))
     return files
 
@@ -51,12 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     source = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
     here = posixpath.dirname(page.file.src_uri)
-
-    def target(path: str) -> str:
-        """A notebook's page rather than the notebook."""
-        return posixpath.relpath(re.sub(r"\.ipynb$", ".md", site_uri(path)), here or ".")
-
-    return with_links(markdown, source, target)
+    return with_links(markdown, source, lambda path: posixpath.relpath(page_of(site_uri(path)), here or "."))
 
 
 def outside(path: str, config: MkDocsConfig, inclusion: InclusionLevel) -> File:
@@ -67,6 +62,11 @@ def outside(path: str, config: MkDocsConfig, inclusion: InclusionLevel) -> File:
 def site_uri(path: str) -> str:
     """Where a file of the checkout lies in the site: what is in docs/ at its top, all else under its path."""
     return "index.md" if path == FRONT_PAGE else path.removeprefix("docs/")
+
+
+def page_of(uri: str) -> str:
+    """A notebook's page instead of the notebook."""
+    return re.sub(r"\.ipynb$", ".md", uri)
 
 
 def links(page: str) -> list[str]:
@@ -107,32 +107,40 @@ def notebook_page(path: Path) -> str:
 
 
 def rooms() -> dict[str, Path]:
-    """The rooms of the library, folders first, each with the file whose docstring says what it is."""
-    folders = {path.parent.name: path for path in sorted(LIBRARY.glob("*/__init__.py"))}
-    return folders | {path.stem: path for path in sorted(LIBRARY.glob("*.py")) if path.stem != "__init__"}
+    """The rooms of the library, folders first, by full name, with the files whose docstrings say what they are."""
+    folders = {f"speed_diffusers.{path.parent.name}": path for path in sorted(LIBRARY.glob("*/__init__.py"))}
+    modules = {f"speed_diffusers.{path.stem}": path for path in sorted(LIBRARY.glob("*.py"))}
+    del modules["speed_diffusers.__init__"]
+    # Only an installation puts it inside the library.
+    return folders | {"pipelines": ROOT / "pipelines" / "__init__.py"} | modules
+
+
+def api_uri(room: str) -> str:
+    """The place of a room's page in the site."""
+    return f"api/{room.rpartition('.')[2]}.md"
 
 
 def api_pages() -> dict[str, str]:
     """The API pages by their place in the site: a list of the rooms, and a page for each of them."""
     table = ["| room | |", "|---|---|"]
-    pages = {}
     for room, file in rooms().items():
         summary = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").splitlines()[0]
-        table.append(f"| [`speed_diffusers.{room}`]({room}.md) | {summary} |")
-        pages[f"api/{room}.md"] = api_page(room, file)
-    head = "# API\n\nWhat `import speed_diffusers` gives is defined in these rooms:\n\n"
-    public = "\n".join(f"- [`{name}`][{path}]" for name, path in public_names())
-    return {"api/index.md": f"{head}{public}\n\n## The rooms\n\n" + "\n".join(table) + "\n"} | pages
+        table.append(f"| [`{room}`]({posixpath.basename(api_uri(room))}) | {summary} |")
+    public = [f"- [`{name}`][{path}]" for name, path in public_names()]
+    front = ["# API", "", "What `import speed_diffusers` gives:", "", *public, "", "## The rooms", "", *table, ""]
+    return {"api/index.md": "\n".join(front)} | {api_uri(room): api_page(room, file) for room, file in rooms().items()}
 
 
 def api_page(room: str, file: Path) -> str:
     """The page of a room: of a folder its docstring and then each of its modules, where names are defined."""
-    name = f"speed_diffusers.{room}"
-    options = {"heading_level": 1} | ({"members": False} if file.stem == "__init__" else {})
-    parts = [f"---\ntitle: {room}\n---", directive(name, options)]
-    if file.stem == "__init__":
+    is_folder = file.stem == "__init__"
+    parts = [
+        f"---\ntitle: {room.rpartition('.')[2]}\n---",
+        directive(room, {"heading_level": 1} | ({"members": False} if is_folder else {})),
+    ]
+    if is_folder:
         modules = sorted(path.stem for path in file.parent.glob("*.py") if path != file)
-        parts += [directive(f"{name}.{module}", {"heading_level": 2}) for module in modules]
+        parts += [directive(f"{room}.{module}", {"heading_level": 2}) for module in modules]
     return "\n\n".join(parts) + "\n"
 
 
