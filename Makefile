@@ -20,6 +20,7 @@ test:
 build:
 	python -m build
 
-# The pages as a site, from `pip install -e ".[docs]"`; a warning is an error. The variable hides an advertisement.
+# The pages as a site, from `pip install -e ".[docs]"`; a warning is an error (with --quiet it
+# would not be one). The variable hides an advertisement.
 docs:
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(SITE)"
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$(SITE)"
