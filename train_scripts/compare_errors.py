@@ -16,22 +16,12 @@ from speed_diffusers.error_bins import ErrorHistory
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_output_file
 from speed_diffusers.reports.plots import save_error_comparison
+from speed_diffusers.training.config import TARGET_OPTIONS
 from speed_diffusers.training.parts import make_scheduler
 from speed_diffusers.training.run_folder import METRICS_FILE, load_run_config
 from speed_diffusers.training.tracking import read_metrics
 
 SCRIPT_DIR = Path(__file__).resolve().parent
-
-SAME = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-    "flow_shift",
-)
-"""What must be the same for errors at a timestep to be errors of the same thing."""
 
 
 @dataclass
@@ -55,7 +45,7 @@ def main(argv: list[str]) -> None:
     configs = {run: load_run_config(Path(run)) for run in options.runs}
     first, *others = options.runs
     for run in others:
-        for name in SAME:
+        for name in TARGET_OPTIONS:
             one, other = getattr(configs[first], name), getattr(configs[run], name)
             if one != other:
                 raise InputError(f"{first} has {name}={one}, {run} {other}: their errors do not compare.")

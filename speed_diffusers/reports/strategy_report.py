@@ -38,7 +38,7 @@ def strategy_tables(scheduler: Any, names: Sequence[str], progress: float = 0.0)
         return {own: scheduler.speed_strategy.tables(progress)} | strategy_tables(scheduler, [UNIFORM], progress)
     tables = {}
     for name in names:
-        values = _speed_values(name)
+        values = speed_values(name)
         try:
             tables[name] = speed_scheduler(scheduler, **values).speed_strategy.tables(progress)
         except InputError as error:
@@ -58,8 +58,15 @@ def own_name(scheduler: Any) -> str:
     return "+".join(parts[:2] if parts[2] == SPEED_DEFAULTS["speed_draw"] else parts)
 
 
-def _speed_values(name: str) -> dict[str, Any]:
-    """The scheduler's keywords that make a strategy."""
+def speed_values(name: str) -> dict[str, Any]:
+    """The keywords of a SpeeD scheduler that make a strategy.
+
+    Args:
+        name: As in `strategy_tables`.
+
+    Raises:
+        InputError: It is unknown; the message begins with the name, or gives the nearest.
+    """
     if name in PRESETS:
         return SPEED_DEFAULTS | PRESETS[name]
     parts = PLUS.split(name)

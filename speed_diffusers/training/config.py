@@ -29,6 +29,17 @@ COOLDOWN = "warmup_stable_decay"
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends; it must begin above."""
 
+TARGET_OPTIONS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "flow_shift",
+)
+"""What must be the same for errors at a timestep to be errors of the same thing."""
+
 
 def _speed_field(key: str, field: "Field[Any]") -> tuple[str, Any, Any]:
     """An option of SpeeD as a field of the training script, with what may be chosen behind its help text."""
