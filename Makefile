@@ -1,5 +1,8 @@
 # Everything a change must pass: `make quality test`. Set up with `pip install -e ".[dev]"`.
-.PHONY: quality format test build
+.PHONY: quality format test build docs
+
+# Where `make docs` writes.
+SITE ?= site
 
 quality:
 	ruff check .
@@ -16,3 +19,8 @@ test:
 
 build:
 	python -m build
+
+# The pages as a site, from `pip install -e ".[docs]"`; a warning is an error (with --quiet it
+# would not be one). The variable hides an advertisement.
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$(SITE)"

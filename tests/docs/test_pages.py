@@ -288,7 +288,7 @@ def test_the_generation_page_lists_every_new_argument() -> None:
     assert [name for name in set(ours) - set(stock) if f"`{name}" not in TEXTS["docs/generation.md"]] == []
 
 
-NAMING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
+NAMING = [*PAGES, *(ROOT / name for name in ("README.zh-CN.md", "CONTRIBUTING.md", "benchmarks/README.md"))]
 NAMING += [ROOT / "train_scripts/configs/README.md", ROOT / "speed_diffusers/assets/fashion_mnist/README.md"]
 
 
