@@ -269,7 +269,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     """All numbers, by features and then by who computed them."""
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    began = time.perf_counter()
+    began, where = time.perf_counter(), environment()
     most = max(config.num_images, config.num_inception_images)
     generated = to_uint8(generated_images(most)).float() / 255  # the same pixels for all
     with tempfile.TemporaryDirectory() as folder:
@@ -300,7 +300,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         }
     return {
         "command": " ".join(["python benchmarks/score_libraries.py", *sys.argv[1:]]),
-        **environment(),
+        **where,
         **{name: version(name) for name in ("torch-fidelity", "torchmetrics")},
         "images": {"efflite0": config.num_images, "inception": few},
         "kid_subset_size": size,
