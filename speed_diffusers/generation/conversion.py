@@ -159,7 +159,7 @@ def _chosen_weights(path: Path, held: Any, weights: str) -> Mapping[str, Tensor]
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             what = f"of type {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{path} holds no DiT: {name} is {what}, but must be a floating-point tensor.")
+            raise InputError(f"{path} is not a DiT: {name} is {what}, but must be a floating-point tensor.")
     return cast(Mapping[str, Tensor], state)
 
 

@@ -82,7 +82,7 @@ class OriginalShape:
         needed = {"x_embedder.proj.weight": 4, POSITIONS: 3, "final_layer.linear.weight": 2}
         for name, dimensions in needed.items():
             if len(sizes.get(name, ())) != dimensions or 0 in sizes[name]:
-                raise InputError(f"no DiT: {_has(sizes, name)}, but must have {name} with {dimensions} dimensions.")
+                raise InputError(f"not a DiT: {_has(sizes, name)}, but must have {name} with {dimensions} dimensions.")
         width, in_channels, patch_size, _ = sizes["x_embedder.proj.weight"]
         outputs = sizes["final_layer.linear.weight"][0]
         tokens = math.isqrt(sizes[POSITIONS][1])
@@ -103,19 +103,19 @@ class OriginalShape:
     def _check(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
         expected = self.tensors()
         if missing := sorted(set(expected) - set(sizes)):
-            raise InputError(f"no DiT: it lacks {len(missing)} tensors, such as {missing[0]}.")
+            raise InputError(f"not a DiT: it lacks {len(missing)} of its tensors, such as {missing[0]}.")
         if unknown := sorted(set(sizes) - set(expected)):
-            raise InputError(f"no DiT: it has {len(unknown)} tensors that DiT has not, such as {unknown[0]}.")
+            raise InputError(f"not a DiT: {len(unknown)} of its tensors are none of DiT's, such as {unknown[0]}.")
         for name, size in expected.items():
             if sizes[name] != size:
-                raise InputError(f"no DiT: {_has(sizes, name)}, but DiT's would be {list(size)}.")
+                raise InputError(f"not a DiT: {_has(sizes, name)}, but DiT's would be {list(size)}.")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise InputError(
-                f"no DiT: it has {self.out_channels} output channels for {self.in_channels} input channels; allowed: "
+                f"not a DiT: it has {self.out_channels} output channels for {self.in_channels} input channels; allowed: "
                 f"as many, or twice as many (with a learned variance)."
             )
         if self.width % 4 or not self.depth or self.num_classes == 0:
-            raise InputError(f"no DiT: width {self.width}, {self.depth} blocks, {self.num_classes} classes.")
+            raise InputError(f"not a DiT: width {self.width}, {self.depth} blocks, {self.num_classes} classes.")
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor that such a network has."""

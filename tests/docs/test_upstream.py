@@ -10,7 +10,7 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE, re.M | re
 
 
 def test_every_section_has_a_block() -> None:
-    assert len(SECTIONS) == PAGE.count("\n## ") == PAGE.count("```python") == 4
+    assert len(SECTIONS) == PAGE.count("\n## ") == PAGE.count("```python") == 5
     assert all("assert " in block for block in SECTIONS.values())
 
 
