@@ -9,19 +9,28 @@ Two runs side by side, or the embedded checkpoint:
     python train_scripts/evaluate.py models=runs/speed,runs/uniform checkpoints=true output_dir=comparison
     python train_scripts/evaluate.py models=embedded num_images=200
 
+Some checkpoints, several strengths of guidance, EMA weights of several lengths; the images of generate_samples.py:
+
+    python train_scripts/evaluate.py models=runs/quickstart steps=1000,2000
+    python train_scripts/evaluate.py models=runs/quickstart guidance_scales=1,1.5,2,3
+    python train_scripts/evaluate.py models=runs/quickstart weights=ema:0.05,ema:0.1,ema:0.2
+    python train_scripts/evaluate.py models=samples
+
 The field's scores, each in the features that it is defined in; the images are generated once for all of them:
 
     python train_scripts/evaluate.py models=runs/b2 num_images=50000 reference=VIRTUAL_imagenet256_labeled.npz \
         metrics=fid,sfid,inception_score,precision_recall
 
-Each score is one JSON file with its whole protocol, one for each extractor, in `scores/` of its run or in output_dir.
-Scores that are there already are not measured again, so the same command resumes an interrupted evaluation.
+Each score is printed as it comes, and is one JSON file with its whole protocol, one for each extractor, in `scores/`
+of its run or in output_dir. Scores that are there already are not measured again, so the same command resumes an
+interrupted evaluation.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import DiTPipeline
@@ -33,25 +42,36 @@ from speed_diffusers.config.schema import option
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable, tensors_sha256
 from speed_diffusers.generation.generate import GenerationSettings, choose_classes, row_names_of
+from speed_diffusers.generation.image_set import Manifest, is_image_set
 from speed_diffusers.metrics import METRICS, ExtractorFiles, general_metrics
-from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves
+from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves, save_sweep
 from speed_diffusers.metrics.protocol import Protocol, require_equal_protocols
-from speed_diffusers.metrics.score import ScoreSettings, make_protocol, score_in_each
-from speed_diffusers.metrics.score_record import ScoreRecord, load_score, load_scores, save_score, score_path
+from speed_diffusers.metrics.score import (
+    ScoreSettings,
+    image_set_protocol,
+    make_protocol,
+    score_image_set,
+    score_in_each,
+)
+from speed_diffusers.metrics.score_record import Score, ScoreRecord, load_score, load_scores, save_score, score_path
 from speed_diffusers.metrics.ways import Wanted, ways_of
 from speed_diffusers.training.run_folder import SCORES_FOLDER
 from speed_diffusers.training.snapshots import (
     ModelToScore,
     Place,
     check_weights,
+    ema_length,
     find_models,
     put_weights,
+    scores_dir_of,
     warn_of_untrained_guidance,
 )
 
 logger = logging.getLogger(__name__)
 
 CURVES_FILE = "score_over_steps.png"
+GUIDANCE_FILE = "score_over_guidance.png"
+EMA_FILE = "score_over_ema.png"
 
 
 @dataclass(frozen=True)
@@ -59,13 +79,22 @@ class EvaluateConfig(ExtractorFiles, GenerationSettings):
     """Options of `evaluate.py`."""
 
     batch_size: int = option(100, "Images generated at once.", interval="[1, 10^6]")
-    models: list[str] = option([EMBEDDED], "Run folders, pipeline folders, Hub ids, or 'embedded'.", path=True)
+    models: list[str] = option(
+        [EMBEDDED], "Runs, pipeline folders, Hub ids, 'embedded', or folders of generate_samples.py.", path=True
+    )
+    steps: list[int] = option(
+        [], "Score the checkpoints of these steps of each run, and no others.", interval="[1, inf)"
+    )
     checkpoints: bool = option(False, "Score every checkpoint of each run too.")
     stop_checkpoints: bool = option(
         False, "Those too that a stop (Ctrl-C, SIGTERM) left between the steps of checkpointing_steps."
     )
-    weights: str = option(
-        "ema", "Of the checkpoints: ema, model (as trained), or ema:0.05, an EMA of any length of a run's ema_tracks."
+    weights: list[str] = option(
+        ["ema"],
+        "Of the checkpoints: ema, model (as trained), ema:0.05 (any length, of a run's ema_tracks); each scored.",
+    )
+    guidance_scales: list[float] = option(
+        [], "Score with each of these; empty: with guidance_scale.", interval="[1, 1000]"
     )
     reference: list[str] = option(
         [EMBEDDED],
@@ -88,17 +117,36 @@ class EvaluateConfig(ExtractorFiles, GenerationSettings):
     )
 
 
+Ways = list[tuple[ScoreSettings, Protocol]]
+"""How a model is scored, in the features of each extractor."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is scored, loaded once: its places, the pipeline that takes their weights, and the ways to score it."""
 
     model: ModelToScore
     pipeline: DiTPipeline
-    ways: Sequence[tuple[ScoreSettings, Protocol]]
+    transformer: torch.nn.Module
+    """The pipeline's own, which checkpoints take the place of."""
+    ways: Ways
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """A folder of generated images, which is scored as it is."""
+
+    name: str
+    scores_dir: Path
+    ways: Ways
+
+
+Scored = list[tuple[str, list[ScoreRecord]]]
+"""A line of the table: the name of a model, and its scores in the features of each extractor."""
 
 
 def main(argv: list[str]) -> None:
-    """Scores what the options say, prints the table and plots the curves.
+    """Scores what the options say, prints each score as it comes and the table of all, and plots the curves.
 
     Raises:
         InputError: Wrong options; nothing has been generated.
@@ -106,28 +154,55 @@ def main(argv: list[str]) -> None:
     config = load_config(EvaluateConfig, argv, Path(__file__).resolve().parent)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     output_dir = Path(config.output_dir) if config.output_dir is not None else None
-    models = find_models(
-        config.models,
-        checkpoints=config.checkpoints,
-        stop_checkpoints=config.stop_checkpoints,
-        weights=check_weights(config.weights),
-        output_dir=output_dir,
-    )
+    found = find_all(config, output_dir)
     ways = read_settings(config, device or torch.device("cpu"))
-    subjects = [open_subject(model, ways, config.class_labels) for model in models]
-    for number in range(len(ways)):
-        require_equal_protocols({subject.model.name: subject.ways[number][1] for subject in subjects})
-    records = {
-        subject.model.name: [score_place(subject, place) for place in subject.model.places] for subject in subjects
+    stored = [open_images_of(name, ways, output_dir) for name in config.models if is_image_set(Path(name))]
+    variants = open_subjects(config, found, ways)
+    for subjects in variants or [[]]:
+        compared = {each.model.name: each.ways for each in subjects}
+        compared |= {} if len(variants) > 1 else {each.name: each.ways for each in stored}
+        for number in range(len(ways)):
+            require_equal_protocols({name: own[number][1] for name, own in compared.items()})
+    scored: Scored = [(images.name, announce(images.name, score_stored(images))) for images in stored]
+    for subject in (each for subjects in variants for each in subjects):
+        for place in subject.model.places:
+            scored.append((subject.model.name, announce(subject.model.name, score_place(subject, place))))
+    print(table(scored))
+    for record in scored[0][1]:
+        print(f"Protocol: {record.score.protocol.in_words()}.")
+    folders = {each.scores_dir for each in stored} | {each.model.scores_dir for own in variants for each in own}
+    pictures_dir = output_dir or (folders.pop() if len(folders) == 1 else Path(SCORES_FOLDER))
+    for subjects in variants[:1]:
+        plot_curves(subjects, pictures_dir)
+    plot_sweeps(scored, leading_number(ways[0].metrics), pictures_dir)
+
+
+def find_all(config: EvaluateConfig, output_dir: Path | None) -> dict[str, list[ModelToScore]]:
+    """The models that are no folders of images, with what of them is scored, by the weights that it is scored with.
+
+    Raises:
+        InputError: A model is named twice, has nothing to score or not that, or there are no such weights.
+    """
+    if not config.weights:
+        raise InputError("weights is empty: give ema, model, or ema: and a length.")
+    names = [name for name in config.models if not is_image_set(Path(name))]
+    if config.models and not names:
+        return {}
+    return {
+        weights: find_models(
+            names,
+            checkpoints=config.checkpoints,
+            stop_checkpoints=config.stop_checkpoints,
+            weights=weights,
+            output_dir=output_dir,
+            steps=config.steps,
+        )
+        for weights in map(check_weights, config.weights)
     }
-    print(table(records))
-    for _, protocol in subjects[0].ways:
-        print(f"Protocol: {protocol.in_words()}.")
-    plot_curves(subjects, output_dir or (models[0].scores_dir if len(models) == 1 else Path(SCORES_FOLDER)))
 
 
 def read_settings(config: EvaluateConfig, device: torch.device) -> list[ScoreSettings]:
-    """How to score, in the features of each extractor, without the classes, which are the pipelines'.
+    """How to score, in the features of each extractor, without classes, weights and guidance, which may be several.
 
     Raises:
         InputError: No such extractor or reference, or too few images.
@@ -135,24 +210,57 @@ def read_settings(config: EvaluateConfig, device: torch.device) -> list[ScoreSet
     shared = ScoreSettings(
         **{field.name: getattr(config, field.name) for field in fields(GenerationSettings)},
         num_images=config.num_images,
-        weights=config.weights,
         num_bootstrap=config.num_bootstrap,
         kid_subset_size=config.kid_subset_size,
     )
     return ways_of(Wanted(config.metrics, config.reference, config.feature_extractor, config), shared, device)
 
 
-def open_subject(model: ModelToScore, ways: Sequence[ScoreSettings], class_labels: list[str]) -> Subject:
-    """Loads a model's pipeline and checks that it can be scored.
+def open_images_of(name: str, ways: Sequence[ScoreSettings], output_dir: Path | None) -> StoredImages:
+    """Looks at a folder of generated images, and checks that it can be scored.
+
+    Raises:
+        InputError: It cannot, or its score cannot be written.
+    """
+    scores_dir = scores_dir_of(name, output_dir)
+    check_writable("output_dir", scores_dir)
+    manifest = Manifest.load(Path(name))
+    return StoredImages(name, scores_dir, [(settings, image_set_protocol(manifest, settings)) for settings in ways])
+
+
+def open_subjects(
+    config: EvaluateConfig, found: dict[str, list[ModelToScore]], ways: Sequence[ScoreSettings]
+) -> list[list[Subject]]:
+    """Loads each model once, and gives it once for each of the weights and strengths of guidance.
+
+    Raises:
+        InputError: One cannot be scored, or its scores cannot be written.
+    """
+    pipelines: dict[str, DiTPipeline] = {}
+    variants = []
+    for weights, models in found.items():
+        for scale in config.guidance_scales or [config.guidance_scale]:
+            own = [replace(settings, weights=weights, guidance_scale=scale) for settings in ways]
+            variants.append([open_subject(model, own, config.class_labels, pipelines) for model in models])
+    return variants
+
+
+def open_subject(
+    model: ModelToScore, ways: Sequence[ScoreSettings], class_labels: list[str], pipelines: dict[str, DiTPipeline]
+) -> Subject:
+    """Loads a model's pipeline, unless it is among `pipelines`, and checks that it can be scored.
 
     Raises:
         InputError: It cannot, or its scores cannot be written.
     """
-    check_writable("output_dir", model.scores_dir)
-    pipeline = model.base()
+    if model.name not in pipelines:
+        check_writable("output_dir", model.scores_dir)
+        pipelines[model.name] = model.base()
+    pipeline = pipelines[model.name]
     warn_of_untrained_guidance(model.name, ways[0].guidance_scale)
     own = [with_classes(settings, class_labels, pipeline) for settings in ways]
-    return Subject(model, pipeline, [(settings, make_protocol(pipeline, settings)) for settings in own])
+    protocols = [(settings, make_protocol(pipeline, settings)) for settings in own]
+    return Subject(model, pipeline, pipeline.transformer, protocols)
 
 
 def with_classes(settings: ScoreSettings, class_labels: list[str], pipeline: DiTPipeline) -> ScoreSettings:
@@ -169,19 +277,66 @@ def score_place(subject: Subject, place: Place) -> list[ScoreRecord]:
     shared = subject.ways[0][0]
     if place.checkpoint is not None:
         put_weights(pipeline, place.checkpoint, shared.weights)
+    else:
+        cast(Any, pipeline).register_modules(transformer=subject.transformer)
     pipeline.to(shared.extractor.device)
-    files = [score_path(model.scores_dir, protocol, place.step) for _, protocol in subject.ways]
-    known = [known_score(file, pipeline) for file in files]
-    missing = [number for number, (settings, _) in enumerate(subject.ways) if not holds_all(known[number], settings)]
+    at = "" if place.step is None else f", step {place.step:,}"
+
+    def measure(ways: Ways) -> list[Score]:
+        return score_in_each(pipeline, ways, description=f"{model.name}{at}")
+
+    weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
+    return scored_once(subject.ways, measure, model.scores_dir, place, weights_sha256)
+
+
+def score_stored(images: StoredImages) -> list[ScoreRecord]:
+    """Scores a folder of images in each way that has no score yet, of the same weights and with all numbers."""
+    folder = Path(images.name)
+
+    def measure(ways: Ways) -> list[Score]:
+        return score_image_set(folder, ways, description=images.name)
+
+    weights_sha256 = Manifest.load(folder).image_set.weights_sha256
+    return scored_once(images.ways, measure, images.scores_dir, Place(None, None), weights_sha256)
+
+
+def scored_once(
+    ways: Ways, measure: Callable[[Ways], list[Score]], folder: Path, place: Place, weights_sha256: str
+) -> list[ScoreRecord]:
+    """The scores that are there of these weights, and those that are not, measured and saved.
+
+    Args:
+        ways: The ways to score.
+        measure: Scores in some of them.
+        folder: Of the scores.
+        place: What is scored.
+        weights_sha256: Hash of its weights.
+    """
+    files = [score_path(folder, protocol, place.step) for _, protocol in ways]
+    known = [known_score(file, weights_sha256) for file in files]
+    missing = [number for number, (settings, _) in enumerate(ways) if not holds_all(known[number], settings)]
     if missing:
-        at = "" if place.step is None else f", step {place.step:,}"
-        ways = [subject.ways[number] for number in missing]
-        for number, score in zip(missing, score_in_each(pipeline, ways, description=f"{model.name}{at}"), strict=True):
+        for number, score in zip(missing, measure([ways[number] for number in missing]), strict=True):
             if (older := known[number]) is not None:
                 values = {**older.score.values, **score.values}
                 score = replace(score, values=values, intervals={**older.score.intervals, **score.intervals})
-            save_score(score, model.scores_dir, step=place.step, images_seen=place.images_seen, seconds=place.seconds)
+            save_score(score, folder, step=place.step, images_seen=place.images_seen, seconds=place.seconds)
     return [load_score(file) for file in files]
+
+
+def announce(name: str, records: list[ScoreRecord]) -> list[ScoreRecord]:
+    """Prints the scores of a place in a line, and returns them."""
+    protocol, step = records[0].score.protocol, records[0].step
+    place = [name] if step is None else [name, f"step {step:,}"]
+    place += [] if protocol.guidance_scale == 1 else [f"guidance {protocol.guidance_scale:g}"]
+    place += [] if protocol.weights == "ema" else [protocol.weights]
+    numbers = [
+        f"{number.replace('_', ' ')} {cell(value, record.score.intervals.get(number))}"
+        for record in records
+        for number, value in record.score.values.items()
+    ]
+    print(f"{', '.join(place)}: {', '.join(numbers)}", flush=True)
+    return records
 
 
 def holds_all(record: ScoreRecord | None, settings: ScoreSettings) -> bool:
@@ -196,7 +351,7 @@ def holds_all(record: ScoreRecord | None, settings: ScoreSettings) -> bool:
     )
 
 
-def known_score(file: Path, pipeline: DiTPipeline) -> ScoreRecord | None:
+def known_score(file: Path, weights_sha256: str) -> ScoreRecord | None:
     """The score in a file if it is there, readable and of these weights."""
     if not file.is_file():
         return None
@@ -206,21 +361,30 @@ def known_score(file: Path, pipeline: DiTPipeline) -> ScoreRecord | None:
         logger.warning("Measuring anew: %s", error)
         return None
     # A run may have been overwritten by another one since.
-    return record if record.score.weights_sha256 == tensors_sha256(pipeline.transformer.state_dict()) else None
+    return record if record.score.weights_sha256 == weights_sha256 else None
 
 
-def table(records: dict[str, list[list[ScoreRecord]]]) -> str:
-    """One line per point of a run, a column per number, with its interval where there is one."""
+SWEPT: dict[str, Callable[[Protocol], str]] = {
+    "weights": lambda protocol: protocol.weights,
+    "guidance": lambda protocol: f"{protocol.guidance_scale:g}",
+}
+"""What may be swept, by the head of its column."""
+
+
+def table(scored: Scored) -> str:
+    """One line per point of a run, a column per number, with its interval if it has one, and per swept option."""
     numbers = [number for entry in METRICS.values() for number in entry.function.numbers]
-    found = {number for own in records.values() for ways in own for each in ways for number in each.score.values}
+    found = {number for _, records in scored for each in records for number in each.score.values}
     numbers = [number for number in numbers if number in found]
-    rows = [["model", "step", *(number.replace("_", " ") for number in numbers)]]
-    for name, own in records.items():
-        for ways in own:
-            values = {number: value for each in ways for number, value in each.score.values.items()}
-            intervals = {number: ends for each in ways for number, ends in each.score.intervals.items()}
-            step = "-" if ways[0].step is None else f"{ways[0].step:,}"
-            rows.append([name, step, *(cell(values.get(number), intervals.get(number)) for number in numbers)])
+    protocols = [records[0].score.protocol for _, records in scored]
+    swept = {head: of for head, of in SWEPT.items() if len({of(protocol) for protocol in protocols}) > 1}
+    rows = [["model", "step", *swept, *(number.replace("_", " ") for number in numbers)]]
+    for (name, records), protocol in zip(scored, protocols, strict=True):
+        values = {number: value for each in records for number, value in each.score.values.items()}
+        intervals = {number: ends for each in records for number, ends in each.score.intervals.items()}
+        step = "-" if records[0].step is None else f"{records[0].step:,}"
+        cells = [cell(values.get(number), intervals.get(number)) for number in numbers]
+        rows.append([name, step, *(of(protocol) for of in swept.values()), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -240,10 +404,8 @@ def cell(value: float | None, interval: tuple[float, float] | None) -> str:
 def plot_curves(subjects: Sequence[Subject], folder: Path) -> None:
     """Plots the scores of each model over its training, with those of earlier evaluations under the same protocol.
 
-    Of the first way to score, and there of the Fréchet distance or else of the first metric.
+    Of the first way to score, and there of its leading number.
     """
-    first = subjects[0].ways[0][0].metrics
-    metric = next((name for name in ("frechet_distance", "fid") if name in first), first[0])
     curves = []
     for subject in subjects:
         protocol = subject.ways[0][1]
@@ -252,8 +414,40 @@ def plot_curves(subjects: Sequence[Subject], folder: Path) -> None:
     if max(len(curve.records) for curve in curves) < 2:
         return
     path = folder / CURVES_FILE
-    left_out = save_score_curves(curves, path, metric=METRICS[metric].function.numbers[0])
+    number = leading_number(subjects[0].ways[0][0].metrics)
+    left_out = save_score_curves(curves, path, metric=number)
     print(f"Saved {path}." + "".join(f" No panel by {label}: not every score knows it." for label in left_out))
+
+
+def leading_number(metrics: Sequence[str]) -> str:
+    """What is plotted: a Fréchet distance, or else the first number."""
+    metric = next((name for name in ("frechet_distance", "fid") if name in metrics), metrics[0])
+    return METRICS[metric].function.numbers[0]
+
+
+def plot_sweeps(scored: Scored, number: str, folder: Path) -> None:
+    """Plots what was swept: a number over guidance, or over the length of the EMA, a line for each model and step.
+
+    Args:
+        scored: All scores.
+        number: In the features of the first extractor.
+        folder: For the pictures.
+    """
+    for file, label, place, other in (
+        (GUIDANCE_FILE, "guidance scale", lambda protocol: protocol.guidance_scale, SWEPT["weights"]),
+        (EMA_FILE, "relative length of the EMA", lambda protocol: ema_length(protocol.weights), SWEPT["guidance"]),
+    ):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for name, (record, *_) in scored:
+            x, value = place(record.score.protocol), record.score.values.get(number)
+            if x is not None and value is not None:
+                words = [name, *([] if record.step is None else [f"step {record.step:,}"])]
+                words.append(("guidance " if file == EMA_FILE else "") + other(record.score.protocol))
+                lines.setdefault(", ".join(words), []).append((x, value))
+        lines = {name: sorted(points) for name, points in lines.items() if len({x for x, _ in points}) > 1}
+        if lines:
+            save_sweep(lines, folder / file, metric=number, label=label)
+            print(f"Saved {folder / file}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 r"""Generates many images from any DiT pipeline, on any number of processes: the same bytes each time.
 
-50,000 images of a run, its classes in turn, into a folder that any tool scores:
+50,000 images of a run, its classes in turn, into a folder that evaluate.py and any other tool scores:
 
     python train_scripts/generate_samples.py model=runs/quickstart output_dir=samples
+    python train_scripts/evaluate.py models=samples
 
 On eight GPUs, as ADM's and DiT's evaluation reads them:
 

@@ -1,7 +1,7 @@
 """Scores over a training: by optimizer steps, by images seen and by time, one line per run."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,26 @@ def save_score_curves(curves: Sequence[ScoreCurve], path: Path, *, metric: str =
     figure.suptitle("\n".join(textwrap.wrap(words, width=62 * len(shown))), fontsize=9, parse_math=False)
     figure.savefig(path, format="png")
     return [label for label in PANELS if label not in shown]
+
+
+def save_sweep(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, metric: str, label: str) -> None:
+    """Saves a PNG of a metric over an option that was swept.
+
+    Args:
+        lines: Points (value of the option, score) in their order, by the name of what was scored.
+        path: File to write.
+        metric: Name of the number.
+        label: The option, for the axis.
+    """
+    figure = Figure(figsize=(5.6, 4.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        x, values = zip(*points, strict=True)
+        axes.plot(x, values, marker="o", markersize=4, label=f" {name}" if name.startswith("_") else name)
+    _decorate(axes, label, metric, [value for points in lines.values() for _, value in points])
+    for text in axes.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)
+    figure.savefig(path, format="png")
 
 
 def _in_order(records: Sequence[ScoreRecord], metric: str) -> list[ScoreRecord]:

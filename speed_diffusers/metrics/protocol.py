@@ -55,6 +55,8 @@ class Protocol:
         num_reference_images: Images behind the reference's mean and covariance; None where the file does not say.
         nearest: k of precision and recall.
         measures: Constants of the metrics in published features, by metric; empty for other features.
+        dtype: The network's arithmetic.
+        pixels: What was measured: "float", as a pipeline makes them, or "8 bit", as files keep them.
     """
 
     num_images: int
@@ -76,6 +78,8 @@ class Protocol:
     num_reference_images: int | None
     nearest: int
     measures: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    pixels: str = "float"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
@@ -85,9 +89,9 @@ class Protocol:
             InputError: Parts of it are missing, or there are others: another version wrote it.
         """
         names = {each.name for each in fields(cls)}
-        # Older scores, of features that have none, do not mention them.
-        if set(values) | {"measures"} != names:
-            odd = ", ".join(sorted((set(values) | {"measures"}) ^ names))
+        # Older scores do not mention what was not there to differ.
+        if set(values) | LATER_PARTS.keys() != names:
+            odd = ", ".join(sorted((set(values) | LATER_PARTS.keys()) ^ names))
             raise InputError(f"a protocol of another version; these parts are missing or unknown: {odd}.")
         return cls(**{**values, "guidance_interval": tuple(values["guidance_interval"])})
 
@@ -98,9 +102,12 @@ class Protocol:
 
     def short_hash(self) -> str:
         """Eight hexadecimal digits that stand for the protocol in file names."""
-        parts = self.compared()
-        if not parts["measures"]:
-            del parts["measures"]  # as the files of older scores are named
+        # Without what is as it always was, as the files of older scores are named.
+        parts = {
+            name: value
+            for name, value in self.compared().items()
+            if name not in LATER_PARTS or value != LATER_PARTS[name]
+        }
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -118,23 +125,36 @@ class Protocol:
         if self.num_reference_images:
             reference += f" ({self.num_reference_images:,} images)"
         return (
-            f"{self.num_images:,} images of {self.resolution}x{self.resolution} ({self.labels}), {sampler} "
-            f"{self.num_inference_steps} steps, {guidance}, {self.weights} weights, seed {self.seed}; features of "
-            f"{self.extractor}, {reference}"
+            f"{self.num_images:,} {self._kind_of_images()} of {self.resolution}x{self.resolution} ({self.labels}), "
+            f"{sampler} {self.num_inference_steps} steps, {guidance}, {self.weights} weights, seed {self.seed}; "
+            f"features of {self.extractor}, {reference}"
         )
+
+    def _kind_of_images(self) -> str:
+        words = ["8-bit"] if self.pixels == "8 bit" else []
+        return " ".join([*words, *([] if self.dtype == "float32" else [self.dtype]), "images"])
+
+
+LATER_PARTS: dict[str, Any] = {"measures": {}, "dtype": "float32", "pixels": "float"}
+"""Parts that the first scores did not have, as they were then."""
 
 
 def sampler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """The settings of a scheduler that change what it samples, without those of the schedule it was trained with."""
-    config: Mapping[str, Any] = scheduler.config  # type: ignore[attr-defined]
+    return sampler_settings_of_config(scheduler.config)  # type: ignore[attr-defined]
+
+
+def sampler_settings_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a scheduler's config."""
     return {name: config[name] for name in SAMPLER_SETTINGS if name in config}
 
 
-def labels_in_words(rows: Sequence[int]) -> str:
+def labels_in_words(rows: Sequence[int], order: str = "in turn") -> str:
     """How classes are given to images, such as "0..9 in turn".
 
     Args:
         rows: Rows of the label table, in the order in which images take them.
+        order: How they take them.
     """
     runs: list[list[int]] = []
     for row in rows:
@@ -142,7 +162,7 @@ def labels_in_words(rows: Sequence[int]) -> str:
             runs[-1].append(row)
         else:
             runs.append([row])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + " in turn"
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + f" {order}"
 
 
 def protocol_differences(first: Protocol, second: Protocol) -> list[str]:

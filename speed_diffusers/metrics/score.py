@@ -1,9 +1,11 @@
 """The score of a pipeline: every metric of images that it generates, with the protocol they were measured under."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,13 +21,15 @@ from ..data.moments import vae_factor, vae_fingerprint
 from ..errors import InputError, unknown_name
 from ..files import tensors_sha256
 from ..generation.generate import GenerationSettings, generate, lost_rows, row_names_of, speed_pipeline
+from ..generation.image_files import read_images
+from ..generation.image_set import Manifest
 from ..version import __version__
 from .clip_score import prompt_of
 from .extractors import FeatureExtractor, load_extractor
 from .measurement import Measurement
 from .metric import METRICS, MetricSettings, general_metrics
 from .precision_recall import NEAREST
-from .protocol import Protocol, labels_in_words, sampler_settings
+from .protocol import Protocol, labels_in_words, sampler_settings, sampler_settings_of_config
 from .reference import NO_REFERENCE, Reference, load_reference
 from .score_record import Environment, Score
 
@@ -211,42 +215,158 @@ def score_in_each(
     began = time.perf_counter()
     shared = ways[0][0]
     rows = _class_rows(pipeline, shared)
-    labels = [rows[index % len(rows)] for index in range(shared.num_images)]
+    classes = ClassesOfImages(
+        [rows[index % len(rows)] for index in range(shared.num_images)],
+        row_names_of(pipeline),
+        speed_pipeline(pipeline).null_class_id,
+    )
+    images = _images(pipeline, classes.labels, shared, description)
+    measured = _measure(images, classes, [settings for settings, _ in ways])
+    weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
+    environment = _environment(pipeline.transformer.device.type, began)
+    return [
+        Score(values, weights_sha256, protocol, environment, intervals)
+        for (_, protocol), (values, intervals) in zip(ways, measured, strict=True)
+    ]
+
+
+def image_set_protocol(manifest: Manifest, settings: ScoreSettings) -> Protocol:
+    """The protocol under which `score_image_set` would score, after checking that it could.
+
+    Args:
+        manifest: Of the set; all of its images are scored.
+        settings: Metrics, extractor, reference and resampling are looked at.
+
+    Raises:
+        InputError: The set is not complete, or cannot be measured so.
+    """
+    made, count = manifest.image_set, manifest.num_images
+    if not manifest.complete:
+        raise InputError(
+            f"The images of {made.model} are not complete ({count:,} are wanted): resume generate_samples.py with its "
+            "command."
+        )
+    settings = dataclasses.replace(settings, num_images=count)
+    check_measurable(settings, made.resolution)
+    guided = made.guidance_scale != 1
+    low, high = made.guidance_interval
+    order = "in turn" if made.labels == "balanced" else "at random"
+    return Protocol(
+        num_images=count,
+        labels="no class"
+        if list(made.class_rows) == [made.null_class_id]
+        else labels_in_words(made.class_rows, order),
+        sampler=str(made.scheduler["_class_name"]),
+        sampler_settings=sampler_settings_of_config(made.scheduler),
+        num_inference_steps=made.num_inference_steps,
+        guidance_scale=made.guidance_scale,
+        guidance_channels=made.guidance_channels if guided else None,
+        guidance_interval=(low, high) if guided else (0.0, 1.0),
+        seed=made.seed,
+        resolution=made.resolution,
+        weights=made.weights,
+        vae_sha256=made.vae_sha256,
+        extractor=settings.extractor.name,
+        extractor_sha256=settings.extractor.sha256,
+        reference=settings.reference.name,
+        reference_sha256=settings.reference.sha256,
+        num_reference_images=settings.reference.statistics.count,
+        nearest=NEAREST,
+        measures=settings.measures,
+        dtype=made.dtype,
+        pixels="8 bit",
+    )
+
+
+def score_image_set(
+    folder: Path, ways: Sequence[tuple[ScoreSettings, Protocol]], *, description: str = "Scoring"
+) -> list[Score]:
+    """Measures the images that `generate_samples.py` has left in a folder, all of them.
+
+    Args:
+        folder: With the manifest.
+        ways: As in `score_in_each`, with protocols of `image_set_protocol`.
+        description: Name of the progress bar.
+
+    Returns:
+        A score for each.
+
+    Raises:
+        InputError: An image is missing or damaged.
+    """
+    began = time.perf_counter()
+    manifest = Manifest.load(folder)
+    made = manifest.image_set
+    classes = ClassesOfImages(
+        [made.label(number) for number in range(manifest.num_images)],
+        {int(row): name for row, name in made.class_names.items()},
+        made.null_class_id,
+    )
+    shared = ways[0][0]
+    images = _stored_images(folder, manifest, shared.batch_size, description)
+    measured = _measure(images, classes, [settings for settings, _ in ways])
+    environment = _environment(made.device, began)
+    return [
+        Score(values, made.weights_sha256, protocol, environment, intervals)
+        for (_, protocol), (values, intervals) in zip(ways, measured, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class ClassesOfImages:
+    """What images were asked to show.
+
+    Attributes:
+        labels: Row of the label table of each image.
+        row_names: Names of rows; empty where they have none.
+        null: The row that means "no class".
+    """
+
+    labels: Sequence[int]
+    row_names: Mapping[int, str]
+    null: int
+
+
+def _measure(
+    images: Iterator[Tensor], classes: ClassesOfImages, ways: Sequence[ScoreSettings]
+) -> list[tuple[dict[str, float | None], dict[str, tuple[float, float]]]]:
+    """The numbers and intervals of batches (B, 3, H, W) in [0, 1], in each way."""
+    device = ways[0].extractor.device
     measurements = [
         Measurement(settings.extractor, settings.reference, settings.metrics, settings.metric_settings)
-        for settings, _ in ways
+        for settings in ways
     ]
-    for images in _images(pipeline, labels, shared, description):
-        batch = images.to(shared.extractor.device)  # once for all of them
+    for images_of_batch in images:
+        batch = images_of_batch.to(device)  # once for all of them
         for measurement in measurements:
             measurement.update(batch)
-    weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
-    scores = []
-    for (settings, protocol), measurement in zip(ways, measurements, strict=True):
-        values, intervals = measurement.result(
-            wanted=_wanted_classes(pipeline, labels, settings.extractor.classes),
-            texts=_text_features(pipeline, labels, settings) if "clip_score" in settings.metrics else None,
+    return [
+        measurement.result(
+            wanted=_wanted_classes(classes, settings.extractor.classes),
+            texts=_text_features(classes, settings) if "clip_score" in settings.metrics else None,
             num_bootstrap=settings.num_bootstrap,
         )
-        environment = Environment(
-            torch=str(torch.__version__),
-            diffusers=diffusers.__version__,
-            speed_diffusers=__version__,
-            device=pipeline.transformer.device.type,
-            seconds=round(time.perf_counter() - began, 1),
-        )
-        scores.append(Score(values, weights_sha256, protocol, environment, intervals))
-    return scores
+        for settings, measurement in zip(ways, measurements, strict=True)
+    ]
 
 
-def _text_features(pipeline: DiTPipeline, labels: Sequence[int], settings: ScoreSettings) -> Tensor | None:
+def _environment(device: str, began: float) -> Environment:
+    return Environment(
+        torch=str(torch.__version__),
+        diffusers=diffusers.__version__,
+        speed_diffusers=__version__,
+        device=device,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def _text_features(classes: ClassesOfImages, settings: ScoreSettings) -> Tensor | None:
     """Features of the text that names each image's class, (N, D); None where a class has no name."""
-    names = row_names_of(pipeline)
-    if settings.extractor.texts is None or not set(labels) <= set(names):
+    rows = sorted(set(classes.labels))
+    if settings.extractor.texts is None or not set(rows) <= set(classes.row_names):
         return None
-    rows = sorted(set(labels))
-    features = settings.extractor.texts([prompt_of(names[row]) for row in rows])
-    return features[torch.tensor([rows.index(row) for row in labels])]
+    features = settings.extractor.texts([prompt_of(classes.row_names[row]) for row in rows])
+    return features[torch.tensor([rows.index(row) for row in classes.labels])]
 
 
 def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
@@ -261,19 +381,19 @@ def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
     return list(row_names_of(pipeline)) or [speed_pipeline(pipeline).null_class_id]
 
 
-def _wanted_classes(pipeline: DiTPipeline, labels: Sequence[int], classes: Sequence[str] | None) -> Tensor | None:
+def _wanted_classes(images: ClassesOfImages, classes: Sequence[str] | None) -> Tensor | None:
     """The extractor's class of each image (N,), by name where both sides name theirs; None where there is none."""
-    rows, row_names, null = set(labels), row_names_of(pipeline), speed_pipeline(pipeline).null_class_id
-    if null in rows or (classes is not None and not classes):
+    rows = set(images.labels)
+    if images.null in rows or (classes is not None and not classes):
         return None
-    if classes is None or not row_names:
+    if classes is None or not images.row_names:
         # Rows of the table leave out the one that means "no class".
-        ids = {row: row - (row > null) for row in rows}
+        ids = {row: row - (row > images.null) for row in rows}
     else:
-        ids = _classes_by_name(row_names, classes)
+        ids = _classes_by_name(images.row_names, classes)
         if not rows <= set(ids):
             return None
-    return torch.tensor([ids[row] for row in labels])
+    return torch.tensor([ids[row] for row in images.labels])
 
 
 def _classes_by_name(row_names: Mapping[int, str], classes: Sequence[str]) -> dict[int, int]:
@@ -299,4 +419,12 @@ def _images(
     with tqdm(total=len(labels), desc=description, unit="image") as progress:
         for batch in batches:
             yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+            progress.update(len(batch))
+
+
+def _stored_images(folder: Path, manifest: Manifest, batch_size: int, description: str) -> Iterator[Tensor]:
+    """Batches of a set's images, (B, 3, H, W) float32 in [0, 1], under a progress bar."""
+    with tqdm(total=manifest.num_images, desc=description, unit="image") as progress:
+        for batch in read_images(folder, manifest, batch_size):
+            yield torch.from_numpy(batch).permute(0, 3, 1, 2).float().div(255)
             progress.update(len(batch))

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,11 @@ def check_weights(weights: str) -> str:
         raise unknown_name("weights", weights, [*WEIGHTS, f"{OF_LENGTH}0.05"])
     power_of(length)
     return weights
+
+
+def ema_length(weights: str) -> float | None:
+    """The relative length of "ema:0.05"; None of other weights."""
+    return float(weights.removeprefix(OF_LENGTH)) if weights.startswith(OF_LENGTH) else None
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,13 @@ def warn_of_untrained_guidance(name: str, guidance_scale: float, *, revision: st
 
 
 def find_models(
-    names: list[str], *, checkpoints: bool, stop_checkpoints: bool, weights: str, output_dir: Path | None
+    names: list[str],
+    *,
+    checkpoints: bool,
+    stop_checkpoints: bool,
+    weights: str,
+    output_dir: Path | None,
+    steps: Sequence[int] = (),
 ) -> list[ModelToScore]:
     """Finds what is to be scored, and where its scores go.
 
@@ -150,6 +162,7 @@ def find_models(
         stop_checkpoints: As in `run_places`.
         weights: Which weights of the checkpoints.
         output_dir: Where a folder of scores is made for each model; None: in the run's own, or in `./scores`.
+        steps: As in `run_places`.
 
     Raises:
         InputError: A name is given twice, or a run has nothing to score.
@@ -160,14 +173,15 @@ def find_models(
     for name in names:
         folder = Path(name)
         has_run = name != EMBEDDED and is_run(folder)
-        if has_run and output_dir is None:
-            scores_dir = folder / SCORES_FOLDER
-        else:
-            scores_dir = (output_dir or Path(SCORES_FOLDER)) / re.sub(r"[^\w.-]+", "_", name.strip("/."))
+        scores_dir = scores_dir_of(name, output_dir)
         if scores_dir in models:
             raise InputError(f"models={name} and {models[scores_dir].name} would share the scores in {scores_dir}.")
         if has_run:
-            places = run_places(folder, checkpoints=checkpoints, stop_checkpoints=stop_checkpoints, weights=weights)
+            places = run_places(
+                folder, checkpoints=checkpoints, stop_checkpoints=stop_checkpoints, weights=weights, steps=steps
+            )
+        elif steps:
+            raise InputError(f"steps={','.join(map(str, steps))}: {name} is a pipeline, which has no checkpoints.")
         else:
             places = [pipeline_place(name)]
         if weights != "ema" and not has_run:
@@ -176,7 +190,21 @@ def find_models(
     return list(models.values())
 
 
-def run_places(folder: Path, *, checkpoints: bool, stop_checkpoints: bool, weights: str) -> list[Place]:
+def scores_dir_of(name: str, output_dir: Path | None) -> Path:
+    """Where the scores of a run, a pipeline or a set of images go.
+
+    Args:
+        name: As the user gave it.
+        output_dir: Where a folder is made for each; None: in a run's own, or in `./scores`.
+    """
+    if name != EMBEDDED and is_run(Path(name)) and output_dir is None:
+        return Path(name) / SCORES_FOLDER
+    return (output_dir or Path(SCORES_FOLDER)) / re.sub(r"[^\w.-]+", "_", name.strip("/."))
+
+
+def run_places(
+    folder: Path, *, checkpoints: bool, stop_checkpoints: bool, weights: str, steps: Sequence[int] = ()
+) -> list[Place]:
     """What of a run is to be scored, by step; damaged checkpoints are passed over with a warning.
 
     Args:
@@ -185,10 +213,19 @@ def run_places(folder: Path, *, checkpoints: bool, stop_checkpoints: bool, weigh
         stop_checkpoints: Those too that a stopped run left between the steps at which it saves anyway: another run has
             none there, and a curve that is compared should not depend on when somebody pressed Ctrl-C.
         weights: Which weights of the checkpoints.
+        steps: These alone, whoever saved them; empty: as `checkpoints` says.
 
     Raises:
-        InputError: Nothing is.
+        InputError: Nothing is, or one of `steps` is not there.
     """
+    if steps:
+        every = run_places(folder, checkpoints=True, stop_checkpoints=True, weights=weights)
+        known = {place.step: place for place in every}
+        missing = [step for step in steps if step not in known]
+        if missing:
+            there = ", ".join(str(step) for step in known if step is not None)
+            raise InputError(f"steps={missing[0]}: {folder} has none with weights={weights}; it has {there}.")
+        return [known[step] for step in sorted(set(steps))]
     found = list_checkpoints(folder)
     logged = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     timed = [line for line in logged if "seconds" in line]

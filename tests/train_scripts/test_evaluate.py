@@ -19,10 +19,12 @@ from speed_diffusers.assets import EMBEDDED_CLASSIFIER
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import tensors_sha256
 from speed_diffusers.generation import GenerationSettings, generate, load_pipeline
+from speed_diffusers.generation.image_set import Manifest
 from speed_diffusers.metrics import load_extractor, load_npz_reference, load_reference, save_statistics
+from speed_diffusers.metrics.protocol import protocol_differences
 from speed_diffusers.metrics.score import ScoreSettings, check_measurable
 from speed_diffusers.metrics.score_record import load_scores
-from speed_diffusers.train_scripts import evaluate, make_reference_statistics, train_dit_speed
+from speed_diffusers.train_scripts import evaluate, generate_samples, make_reference_statistics, train_dit_speed
 from speed_diffusers.training.snapshots import put_weights
 
 FEW = ["num_images=8", "num_inference_steps=2", "batch_size=8"]
@@ -92,7 +94,8 @@ def test_every_checkpoint_is_scored_once_and_drawn(
     evaluate.main(options)
     assert generated == [8, 8, 8]
     printed = capsys.readouterr().out
-    assert [line.split()[1] for line in printed.splitlines()[1:4]] == ["5", "10", "12"]
+    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == [f"run, step {step}" for step in (5, 10, 12)]
+    assert [line.split()[1] for line in printed.splitlines()[4:7]] == ["5", "10", "12"]
     assert "No panel by minutes of training" in printed and "8 images of 32x32 (0..1 in turn), DDIM 2 steps" in printed
     assert files(run / "scores") == ["score_over_steps.png", "step-0000005", "step-0000010", "step-0000012"]
     two_panels = Image.open(run / "scores" / "score_over_steps.png").width
@@ -198,7 +201,7 @@ def test_runs_are_drawn_together_and_only_under_one_protocol(
     shutil.copytree(run, "other")
     evaluate.main(["models=run,other", "checkpoints=true", "output_dir=compared", *QUICK])
     assert files(Path("compared")) == ["other", "run", "score_over_steps.png"]
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:7]] == ["run"] * 3 + ["other"] * 3
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[7:13]] == ["run"] * 3 + ["other"] * 3
     assert not (run / "scores").exists()
     generated.clear()
     with pytest.raises(InputError, match=r"scores of run and embedded do not compare: labels: 0..1 in turn and 0..9"):
@@ -272,6 +275,113 @@ def test_what_a_stop_left_is_scored_when_asked_for(run: Path, caplog: pytest.Log
     assert "leaving out what a stop left (stop_checkpoints=true scores it): checkpoint-7" in caplog.text
     evaluate.main([*options, "stop_checkpoints=true"])
     assert [each.step for each in load_scores(run / "scores")] == [5, 7, 10, 12]
+
+
+def test_a_pipeline_is_scored_with_its_own_weights_after_checkpoints(run: Path) -> None:
+    evaluate.main(["models=run", "output_dir=alone", *QUICK])
+    (alone,) = load_scores(Path("alone/run"))
+    shutil.rmtree(run / "checkpoint-12")
+    evaluate.main(["models=run", "checkpoints=true", *QUICK])
+    assert [each.step for each in load_scores(run / "scores")] == [5, 10, 12]
+    assert load_scores(run / "scores")[-1].score == alone.score
+
+
+def test_the_checkpoints_of_some_steps_are_scored(run: Path, generated: list[int]) -> None:
+    evaluate.main(["models=run", "steps=12,5", *QUICK])
+    assert [each.step for each in load_scores(run / "scores")] == [5, 12] and generated == [8, 8]
+    with pytest.raises(InputError, match=r"steps=6: run has none with weights=ema; it has 5, 10, 12\."):
+        evaluate.main(["models=run", "steps=5,6", *QUICK])
+    with pytest.raises(InputError, match=r"steps=5: embedded is a pipeline, which has no checkpoints\."):
+        evaluate.main(["models=embedded", "steps=5", *QUICK])
+
+
+def test_guidance_and_weights_are_swept(
+    run: Path, generated: list[int], capsys: pytest.CaptureFixture[str], train: Callable[..., Path]
+) -> None:
+    evaluate.main(["models=run", "guidance_scales=1,2", "weights=ema,model", "steps=5,12", *QUICK])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:8]] == [
+        f"run, step {step}{guidance}{weights}"
+        for weights in ("", ", model")
+        for guidance in ("", ", guidance 2")
+        for step in (5, 12)
+    ]
+    assert lines[8].split()[:4] == ["model", "step", "weights", "guidance"]
+    assert [line.split()[1:4] for line in lines[9:17:2]] == [
+        ["5", weights, scale] for weights in ("ema", "model") for scale in ("1", "2")
+    ]
+    records = load_scores(run / "scores")
+    assert len(generated) == 8 and len({each.score.values["frechet_distance"] for each in records}) == 8
+    assert Image.open(run / "scores" / "score_over_guidance.png").width > 500
+    assert not (run / "scores" / "score_over_ema.png").exists()
+    tracks = train(Path("tracks").resolve(), "ema_tracks=0.05,0.1", "checkpointing_steps=6")
+    generated.clear()
+    evaluate.main([f"models={tracks}", "weights=ema:0.06,ema:0.1,ema:0.15", *FEW, "metrics=frechet_distance"])
+    assert len(generated) == 3 and (tracks / "scores" / "score_over_ema.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="Unknown weights 'averaged'"):
+        evaluate.main(["models=run", "weights=ema,averaged", *QUICK])
+    with pytest.raises(InputError, match=r"guidance_scales=0.5: must lie in \[1, 1000\]"):
+        evaluate.main(["models=run", "guidance_scales=1,0.5", *QUICK])
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "parquet"])
+def test_images_on_the_disk_are_scored_as_what_made_them(
+    run: Path,
+    generated: list[int],
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    fresh_accelerate: Callable[[], None],
+) -> None:
+    made = ["num_images=60", "num_inference_steps=2", "guidance_scale=1.5", "class_labels=Sneaker,Bag"]
+    generate_samples.main([*made, "images_per_pass=20", "model=embedded", "output_dir=images", f"format={kind}"])
+    metrics = "metrics=frechet_distance,kernel_distance,class_agreement"
+    evaluate.main(["models=images", metrics, "batch_size=25"])
+    (stored,) = load_scores(Path("scores/images"))
+    assert generated == [] and "60 8-bit images of 32x32 (7..8 in turn), DDIM 2 steps, guidance 1.5" in (
+        capsys.readouterr().out
+    )
+    evaluate.main(["models=embedded", metrics, *made, "batch_size=20"])
+    (direct,) = load_scores(Path("scores/embedded"))
+    for name, value in direct.score.values.items():
+        assert stored.score.values[name] == pytest.approx(value, rel=0.01), name
+    assert stored.score.weights_sha256 == direct.score.weights_sha256
+    one, other = stored.score.protocol, direct.score.protocol
+    assert protocol_differences(one, other) == ["pixels: 8 bit and float"]
+    with pytest.raises(InputError, match=r"embedded and images do not compare: pixels: float and 8 bit\."):
+        evaluate.main(["models=embedded,images", metrics, *made])
+    (file,) = Path("scores/images").iterdir()
+    before = file.stat().st_mtime_ns
+    evaluate.main(["models=images", metrics])
+    assert file.stat().st_mtime_ns == before, "not measured again"
+
+
+def test_images_that_are_not_all_there_are_not_scored(run: Path, fresh_accelerate: Callable[[], None]) -> None:
+    options = ["images_per_pass=4", "num_inference_steps=1", "model=embedded", "output_dir=images"]
+    generate_samples.main([*options, "num_images=8"])
+    (Path("images") / "0000005.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"images/0000005.png is missing or damaged .*generate_samples.py makes it"):
+        evaluate.main(["models=images", *QUICK])
+    manifest = Manifest.load(Path("images"))
+    replace(manifest, complete=False).save(Path("images"))
+    with pytest.raises(InputError, match=r"images of embedded are not complete \(8 are wanted\): resume"):
+        evaluate.main(["models=images", *QUICK])
+    generate_samples.main([*options, "num_images=3", "overwrite_output_dir=true"])
+    with pytest.raises(InputError, match="num_images=3: precision_recall needs at least 4"):
+        evaluate.main(["models=images", *QUICK])
+    (Path("images") / "generated.json").write_text("{}")
+    with pytest.raises(InputError, match=r"generated.json is no manifest of this version"):
+        evaluate.main(["models=images", *QUICK])
+
+
+def test_scores_without_the_later_parts_of_a_protocol_are_read(run: Path, generated: list[int]) -> None:
+    evaluate.main(["models=run", *QUICK])
+    (path,) = (run / "scores").glob("*.json")
+    document = json.loads(path.read_text())
+    for name in ("dtype", "pixels"):
+        del document["protocol"][name]
+    path.write_text(json.dumps(document))
+    evaluate.main(["models=run", *QUICK])
+    assert generated == [8], "found under its old name, and not measured again"
 
 
 def test_a_pipeline_that_does_not_tell_its_step_is_scored_without(run: Path) -> None:
