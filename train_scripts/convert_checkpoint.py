@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     output = Path(config.output)
     if output.exists():
         raise InputError(f"output={output}: exists already; give a new name.")
-    if config.checkpoint.endswith(SUFFIX):
+    if config.checkpoint.endswith(SUFFIX) or Path(config.checkpoint).is_file():
         import_file(config, Path(config.checkpoint), output)
     else:
         export_folder(config, config.checkpoint, output)

@@ -10,7 +10,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -27,8 +35,10 @@ SECONDS_BETWEEN_TRIES = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST_WAIT = 300.0
 """Seconds that a server may ask to wait."""
 
+CARD_FILE = "README.md"
+
 ALLOWED_FILES = (
-    "README.md",
+    CARD_FILE,
     "model_index.json",
     "speed_training.json",
     "samples.png",
@@ -151,6 +161,9 @@ def upload(folder: Path, destination: Destination, *, message: str) -> str:
         )
 
     with _queries_hidden():
+        if CARD_FILE in allowed:
+            # Before there is an empty repository to be seen.
+            patiently(ModelCard.load(allowed[CARD_FILE]).validate, destination)
         repo = patiently(lambda: api.create_repo(destination.repo_id, private=private, exist_ok=True), destination)
         repo_id = repo.repo_id
         if revision != constants.DEFAULT_REVISION:

@@ -11,6 +11,7 @@ from diffusers import DiTPipeline
 from ..files import give_usual_mode, naming_disk_errors
 from ..generation.export import forget_paths, save_pipeline, stock_scheduler
 from ..generation.generate import GenerationSettings, choose_classes, class_samples
+from ..hub.upload import CARD_FILE
 from ..metrics.curves import METRIC_NAMES
 from ..reports.plots import save_class_grid
 from ..reports.training_curve import Points, save_training_curve
@@ -22,7 +23,6 @@ from .model_card import CURVE_FILE, ERRORS_FILE, SAMPLES_FILE, model_card
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 HALF = "fp16"
 """Name of the variant in half precision."""
 

@@ -168,7 +168,7 @@ def test_a_card_that_the_hub_refuses_is_one_line(hub: LoopbackHub, folder: Path)
         InputError, match=r'the Hub answers 400 Bad Request \("license" must be one of \[apache'
     ) as error:
         upload(folder, HERE, message="First")
-    assert "\n" not in str(error.value) and hub.blobs == {}
+    assert "\n" not in str(error.value) and hub.repositories == {} and hub.blobs == {}
 
 
 def test_trouble_that_does_not_pass_is_one_line(

@@ -233,6 +233,12 @@ def test_weights_that_half_precision_cannot_hold_have_no_variant(
     assert not (made.folder / "samples.png").exists()
 
 
+def test_the_embedded_model_knows_its_origin_from_its_options_alone(tmp_path: Path) -> None:
+    text = card_of(make_release("embedded", tmp_path / "release", "alice/tiny", num_images_per_class=0)).text
+    assert "| images | Fashion-MNIST, as embedded" in text and "| time | not recorded |" in text
+    assert text.count("Zalando SE") == 2 and "DiT-tiny/2" in text
+
+
 def test_licences_are_those_of_the_base_unless_others_are_given() -> None:
     dit = "facebook/DiT-XL-2-256"
     assert Licences().of_weights(dit) == "cc-by-nc-4.0" and Licences().of_weights("alice/tiny") is None

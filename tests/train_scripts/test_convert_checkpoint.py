@@ -122,5 +122,6 @@ def test_options_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
         ([f"checkpoint={tmp_path / 'there'}", f"{new}.pt"], "there holds no transformer"),
     ):
         refuses(options, message, tmp_path)
-    convert_checkpoint.main([odd, new, "num_attention_heads=6"])
+    (tmp_path / "odd.pt").rename(tmp_path / "odd.pth")
+    convert_checkpoint.main([f"checkpoint={tmp_path / 'odd.pth'}", new, "num_attention_heads=6"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scheduler", "transformer"]
