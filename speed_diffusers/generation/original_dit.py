@@ -111,8 +111,8 @@ class OriginalShape:
                 raise InputError(f"not a DiT: {_has(sizes, name)}, but DiT's would be {list(size)}.")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise InputError(
-                f"not a DiT: it has {self.out_channels} output channels for {self.in_channels} input channels; allowed: "
-                f"as many, or twice as many (with a learned variance)."
+                f"not a DiT: it has {self.out_channels} output channels for {self.in_channels} input channels; "
+                "allowed: as many, or twice as many (with a learned variance)."
             )
         if self.width % 4 or not self.depth or self.num_classes == 0:
             raise InputError(f"not a DiT: width {self.width}, {self.depth} blocks, {self.num_classes} classes.")

@@ -50,8 +50,14 @@ def test_there_and_back_and_a_picture_from_between(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"ema": without(TINY, "blocks.2.mlp.fc1.bias")}, "not a DiT: it lacks 1 of its tensors, such as blocks.2.mlp.fc1.bias"),
-        ({**TINY, "q_norm.weight": torch.ones(2)}, "not a DiT: 1 of its tensors are none of DiT's, such as q_norm.weight"),
+        (
+            {"ema": without(TINY, "blocks.2.mlp.fc1.bias")},
+            "not a DiT: it lacks 1 of its tensors, such as blocks.2.mlp.fc1.bias",
+        ),
+        (
+            {**TINY, "q_norm.weight": torch.ones(2)},
+            "not a DiT: 1 of its tensors are none of DiT's, such as q_norm.weight",
+        ),
         ({"conv.weight": torch.ones(2)}, "not a DiT: it has no x_embedder.proj.weight, but must have"),
         ({}, "not a DiT: it has no x_embedder.proj.weight"),
         (torch.ones(2), "holds Tensor, but must hold a state dict"),
