@@ -15,6 +15,7 @@ from PIL import Image
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import save_tensors
+from speed_diffusers.generation.generate import row_names_of
 from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.metrics import METRICS, general_metrics, load_extractor, load_reference
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves
@@ -25,6 +26,7 @@ from speed_diffusers.metrics.protocol import (
     require_equal_protocols,
 )
 from speed_diffusers.metrics.score import (
+    ClassesOfImages,
     ScoreSettings,
     _class_rows,
     _wanted_classes,
@@ -166,9 +168,11 @@ def test_every_class_is_scored_though_others_have_its_name(pipeline: DiTPipeline
     assert "\n" not in str(error.value)
     assert make_protocol(lossy, ScoreSettings(class_rows=range(1000))).labels == "0..999 in turn"
     # Equal names are told apart by their order, on both sides.
-    wanted = _wanted_classes(named, [744, 134, 517, 638, 639], list(names.values()))
+    asked = ClassesOfImages([744, 134, 517, 638, 639], row_names_of(named), null=1000)
+    wanted = _wanted_classes(asked, list(names.values()))
     assert wanted is not None and wanted.tolist() == [744, 134, 517, 638, 639]
-    assert _wanted_classes(named, [134], [*names.values(), "crane"]) is None, "three of them there, two here"
+    asked = replace(asked, labels=[134])
+    assert _wanted_classes(asked, [*names.values(), "crane"]) is None, "three of them there, two here"
 
 
 def test_the_row_of_no_class_is_no_class_of_the_extractor(pipeline: DiTPipeline) -> None:

@@ -464,6 +464,7 @@ def test_wrong_input_is_refused_before_anything_is_generated(
     np.savez("flat.npz", arr_0=np.zeros((4, 32, 32), np.uint8))
     np.savez("narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of own.py
     before = sorted(Path().rglob("*"))
     chosen = {option.split("=")[0] for option in options}
     rest = [option for option in ["models=run", *FEW] if option.split("=")[0] not in chosen]
