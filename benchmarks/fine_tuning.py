@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from PIL import ImageOps
 
 from measurement import environment
@@ -192,6 +193,8 @@ def _plot(results: Mapping[tuple[str, int], Mapping[str, Any]], seeds: list[int]
                 list(points), list(points.values()), color=colour, marker="o", markersize=3, linewidth=1, label=label
             )
     axes.set_yscale("log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlabel("steps of fine-tuning")
     axes.set_ylabel("Fréchet distance (lower is better)")
     axes.set_title("The embedded checkpoint on upside-down images, three seeds", fontsize=10)

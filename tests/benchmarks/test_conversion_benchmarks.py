@@ -1,6 +1,7 @@
 """The benchmarks around converted and fine-tuned checkpoints, at tiny size and as they were committed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import fine_tuning
 import timestep_frequencies
 from speed_diffusers.assets import EMBEDDED_IMAGES
+from speed_diffusers.errors import InputError
 from speed_diffusers.metrics import load_extractor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,3 +46,17 @@ def test_turned_images_are_scored_as_upright_ones(tmp_path: Path) -> None:
     found = fine_tuning.extractor_of_turned_images()(pixels)
     for one, other in zip(found, load_extractor()(originals), strict=True):
         assert torch.equal(one, other)  # type: ignore[arg-type]
+
+
+def test_the_committed_table_is_that_of_the_committed_runs(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "benchmarks/fine_tuning", results)
+    committed = (results / "table.md").read_text()
+    fine_tuning.main(["report_only=true", f"results_dir={results}"])
+    assert (results / "table.md").read_text() == committed
+    one = results / "paper-0.json"
+    one.write_text(one.read_text().replace('"num_inference_steps": 25', '"num_inference_steps": 26', 1))
+    with pytest.raises(InputError, match="the scores were measured under 2 protocols"):
+        fine_tuning.main(["report_only=true", f"results_dir={results}"])
+    with pytest.raises(InputError, match="Give a folder for the turned images and the runs: work_dir="):
+        fine_tuning.main([f"results_dir={results}"])
