@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from speed_diffusers.hardware import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT_DIR = ROOT / "train_scripts"
 """The folder of the training script, in whose configs/ configurations are looked for."""
@@ -40,14 +42,6 @@ def installed(package: str) -> str:
 def load_average() -> float:
     """Processes that ran or waited to, over the last minute."""
     return os.getloadavg()[0]
-
-
-def processor() -> str:
-    """The processor's model, as Linux names it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, object]:

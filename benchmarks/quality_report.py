@@ -12,21 +12,29 @@ from quality_estimator import SHARES, Curve, load_curves, step_ratio
 BASELINES = {"uniform_epsilon": "as published", "uniform_epsilon_tuned": "at its best rate"}
 COSINE = "_cosine"
 FACTORS = (
-    ("SpeeD's density and weighting: epsilon", "paper_epsilon", "uniform_epsilon"),
-    ("epsilon, unit embedders", "paper_epsilon_unit", "uniform_epsilon_unit"),
-    ("velocity", "paper_v", "uniform_v"),
-    ("velocity, unit embedders", "paper_v_unit", "uniform_v_unit"),
-    ("velocity, unit embedders, Muon", "paper_v_fast", "uniform_v_fast"),
+    ("SpeeD's density and weighting: epsilon, DiT's embedders", "paper_epsilon", "uniform_epsilon"),
+    ("SpeeD's density and weighting: epsilon, unit embedders", "paper_epsilon_unit", "uniform_epsilon_unit"),
+    ("SpeeD's density and weighting: velocity, DiT's embedders", "paper_v", "uniform_v"),
+    ("SpeeD's density and weighting: velocity, unit embedders", "paper_v_unit", "uniform_v_unit"),
+    ("SpeeD's density and weighting: velocity, unit embedders, Muon", "paper_v_fast", "uniform_v_fast"),
     ("Gaussian over log SNR, even draw: velocity, unit embedders", "fast_density_v_unit", "uniform_v_unit"),
-    ("velocity, unit embedders, Muon", "fast", "uniform_v_fast"),
-    ("Even draw instead of an independent one", "fast_density_v_unit", "gaussian_v_unit"),
+    ("Gaussian over log SNR, even draw: velocity, unit embedders, Muon", "fast", "uniform_v_fast"),
+    (
+        "Even draw, not an independent one: Gaussian, velocity, unit embedders",
+        "fast_density_v_unit",
+        "gaussian_v_unit",
+    ),
     ("Velocity instead of epsilon: uniform", "uniform_v", "uniform_epsilon"),
-    ("SpeeD", "paper_v", "paper_epsilon"),
+    ("Velocity instead of epsilon: SpeeD", "paper_v", "paper_epsilon"),
     ("Embedders of unit size: uniform, epsilon", "uniform_epsilon_unit", "uniform_epsilon"),
-    ("uniform, velocity", "uniform_v_unit", "uniform_v"),
-    ("SpeeD, velocity", "paper_v_unit", "paper_v"),
-    ("Muon instead of AdamW, each at its rate: the recipe", "fast", "fast_adamw"),
-    ("uniform, epsilon, unit embedders", "uniform_epsilon_fast", "uniform_epsilon_unit"),
+    ("Embedders of unit size: uniform, velocity", "uniform_v_unit", "uniform_v"),
+    ("Embedders of unit size: SpeeD, velocity", "paper_v_unit", "paper_v"),
+    ("Muon instead of AdamW: the recipe, each at its best rate", "fast", "fast_adamw"),
+    (
+        "Muon instead of AdamW: uniform, epsilon, unit embedders",
+        "uniform_epsilon_fast",
+        "uniform_epsilon_unit",
+    ),
     ("Learning rate of the baseline: 4e-3 instead of 1e-3", "uniform_epsilon_tuned", "uniform_epsilon"),
 )
 """What is changed and with what else, the arm that has it and the one that has not."""
@@ -57,10 +65,13 @@ def write_report(folder: Path) -> str:
     is_cosine = [curve.arm.endswith(COSINE) for curve in curves]
     constant = [curve for curve, other in zip(curves, is_cosine, strict=True) if not other]
     cosine = [curve for curve, own in zip(curves, is_cosine, strict=True) if own]
-    parts = [distances(constant), *(ratios(constant, baseline, SHARES) for baseline in BASELINES)]
+    parts = [
+        distances(constant, "after steps**", SHOWN_STEPS),
+        *(ratios(constant, baseline, SHARES) for baseline in BASELINES),
+    ]
     parts.append(factors(constant))
     if cosine:
-        parts.append(lengths(cosine))
+        parts.append(distances(cosine, "at the end of runs with a cosine schedule**, by their length", None))
         for baseline in BASELINES:
             measured = sorted({step for curve in cosine if curve.arm == baseline + COSINE for step in curve.points})
             parts.append(ratios(cosine, baseline + COSINE, [step / measured[-1] for step in measured]))
@@ -82,17 +93,24 @@ def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:
     return f"{np.mean(known):.2f}" if known else ""
 
 
-def distances(curves: Sequence[Curve]) -> str:
-    """Mean distance over the seeds by step."""
+def distances(curves: Sequence[Curve], when: str, steps: Sequence[int] | None) -> str:
+    """Mean distance over the seeds by step.
+
+    Args:
+        curves: What is shown.
+        when: The end of the table's heading.
+        steps: The columns; None: every step that was scored.
+    """
+    steps = steps or sorted({step for curve in curves for step in curve.points})
     lines = [
-        "**Fréchet distance after steps**, mean over the seeds (lower is better).",
+        f"**Fréchet distance {when}, mean over the seeds (lower is better).",
         "",
-        "| arm | seeds | " + " | ".join(f"{step:,}" for step in SHOWN_STEPS) + " |",
-        "|---|---|" + "---|" * len(SHOWN_STEPS),
+        "| arm | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
+        "|---|---|" + "---|" * len(steps),
     ]
     for arm in arms_of(curves):
         seeds = sum(curve.arm == arm for curve in curves)
-        cells = [_mean(curves, arm, step, "frechet_distance") for step in SHOWN_STEPS]
+        cells = [_mean(curves, arm, step, "frechet_distance") for step in steps]
         lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -135,22 +153,6 @@ def factors(curves: Sequence[Curve]) -> str | None:
         "|---|---|---|" + "---|" * len(FACTOR_SHARES),
     ]
     return "\n".join(lines + rows)
-
-
-def lengths(curves: Sequence[Curve]) -> str:
-    """Mean distance over the seeds at the end of runs of each length."""
-    steps = sorted({step for curve in curves for step in curve.points})
-    lines = [
-        "**Fréchet distance at the end of runs with a cosine schedule**, by their length, mean over the seeds.",
-        "",
-        "| arm | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
-        "|---|---|" + "---|" * len(steps),
-    ]
-    for arm in arms_of(curves):
-        seeds = sum(curve.arm == arm for curve in curves)
-        cells = [_mean(curves, arm, step, "frechet_distance") for step in steps]
-        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def ratios(curves: Sequence[Curve], baseline: str, shares: Sequence[float]) -> str | None:

@@ -40,7 +40,7 @@ from accelerate.state import AcceleratorState, PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from measurement import ROOT, processor
+from measurement import ROOT
 from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
 from quality_estimator import load_curves
 from quality_report import with_ladder, write_report
@@ -50,6 +50,7 @@ from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import write_text
+from speed_diffusers.hardware import accelerator_or_cpu, processor
 from speed_diffusers.metrics import FeatureExtractor, Reference, load_extractor, load_reference
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.train_scripts import train_dit_speed
@@ -244,6 +245,7 @@ def exported_commit(commit: str | None, work_dir: Path) -> Path:
     if commit is None and kept.exists():
         commit = kept.read_text().strip()
     if commit is not None and (source := work_dir / f"{SOURCE}{commit}").exists():
+        write_text(kept, commit + "\n")
         return source
     found = subprocess.run(
         ["git", "rev-parse", "--short=12", commit or "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -411,19 +413,13 @@ def train(options: Mapping[str, object]) -> None:
 @cache
 def extractor_of(name: str) -> FeatureExtractor:
     """A feature extractor, where the networks are."""
-    return load_extractor(name, device=device_of_networks())
+    return load_extractor(name, device=accelerator_or_cpu())
 
 
 @cache
 def reference_of(name: str) -> Reference:
     """A reference, loaded once a worker: what a metric keeps of it is kept with it."""
     return load_reference(name)
-
-
-def device_of_networks() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
 
 
 def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str, Any]:
@@ -435,7 +431,7 @@ def measured(folder: Path, step: int, setting: Setting, data: Path) -> dict[str,
     config = load_run_config(folder)
     pipeline = pipeline_of_config(folder)
     put_weights(pipeline, folder / f"checkpoint-{step}", "ema")
-    pipeline.to(device_of_networks())
+    pipeline.to(accelerator_or_cpu())
     score = score_pipeline(
         pipeline,
         ScoreSettings(

@@ -10,8 +10,6 @@ timestep_calls/result.json, table.md and timestep_calls.png beside this file.
 """
 
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +22,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from measurement import commit
 from speed_diffusers import PRESETS, SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
+from speed_diffusers.hardware import processor
 from speed_diffusers.timesteps import DENSITIES, DRAWS
 from speed_diffusers.training.profiling import OperationCounter
 from speed_diffusers.weightings import WEIGHTINGS
@@ -147,21 +147,6 @@ def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_title("What drawing and weighing timesteps costs", fontsize=10)
     figure.legend(fontsize=7, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
-
-
-def commit() -> str:
-    """The commit that is measured, marked if the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    described = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    """Name of the processor, as Linux gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

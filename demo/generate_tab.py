@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from PIL import Image
 
 from speed_diffusers.assets import EMBEDDED
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation import SAMPLERS, GenerationSettings, make_sampler
 from speed_diffusers.generation.generate import choose_classes, class_samples, row_names_of, speed_pipeline
+from speed_diffusers.hardware import accelerator_or_cpu
 from speed_diffusers.reports.plots import save_class_grid
 from speed_diffusers.training.checkpoint_folders import list_checkpoints
 from speed_diffusers.training.snapshots import WEIGHTS, load_latest, put_weights
@@ -40,8 +40,7 @@ def load(name: str, checkpoint: str, weights: str) -> Any:
     pipeline = speed_pipeline(load_latest(name))
     if checkpoint != NEWEST:
         put_weights(pipeline, Path(name) / checkpoint, weights)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return pipeline.to(device)
+    return pipeline.to(accelerator_or_cpu())
 
 
 def generate_tab(app: gr.Blocks) -> None:

@@ -26,6 +26,8 @@ FREQ_SHIFT = "freq_shift"
 """Key of a transformer's config, named as in diffusers' UNets: the frequencies of a timestep's sines and cosines are
 10000^(-i / (128 - freq_shift)), i = 0 to 127. The stock DiT knows no such key and has 1, DiT's own code has 0."""
 
+STOCK_FREQ_SHIFT = 1
+
 PATCH_SIZES = (2, 4, 8)
 
 CONDITIONING_INITS = ("dit", "unit")

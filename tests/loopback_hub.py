@@ -584,7 +584,8 @@ def model_info(request: _Handler, found: Any) -> None:
 
 @route("GET", "/api/models/{id}/tree/{rev}(/.*)?")
 def tree(request: _Handler, found: Any) -> None:
-    assert request.query["recursive"] == ["true"], "the files of a folder alone are not served"
+    recursive = [value.lower() for value in request.query["recursive"]]
+    assert recursive == ["true"], "the files of a folder alone are not served"
     repository = request.readable(found["id"])
     entries = []
     for name, file in sorted(repository.commits[request.commit_of(repository, found["rev"])].items()):

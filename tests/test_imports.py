@@ -44,6 +44,7 @@ AROUND: dict[str, set[str]] = {
     "error_bins": set(),
     "files": set(),
     "json_files": set(),
+    "hardware": set(),
     "assets": set(),
     "config": set(),
     "config.load": {"files"},

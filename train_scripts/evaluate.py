@@ -43,6 +43,7 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable, tensors_sha256
 from speed_diffusers.generation.generate import GenerationSettings, choose_classes, row_names_of
 from speed_diffusers.generation.image_set import Manifest, is_image_set
+from speed_diffusers.hardware import accelerator_or_cpu
 from speed_diffusers.metrics import METRICS, ExtractorFiles, general_metrics
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves, save_sweep
 from speed_diffusers.metrics.protocol import Protocol, require_equal_protocols
@@ -152,10 +153,10 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options; nothing has been generated.
     """
     config = load_config(EvaluateConfig, argv, Path(__file__).resolve().parent)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator_or_cpu()
     output_dir = Path(config.output_dir) if config.output_dir is not None else None
     found = find_all(config, output_dir)
-    ways = read_settings(config, device or torch.device("cpu"))
+    ways = read_settings(config, device)
     stored = [open_images_of(name, ways, output_dir) for name in config.models if is_image_set(Path(name))]
     variants = open_subjects(config, found, ways)
     for subjects in variants or [[]]:

@@ -36,6 +36,7 @@ from speed_diffusers.data.batches import (
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable, file_sha256
 from speed_diffusers.generation import load_vae
+from speed_diffusers.hardware import accelerator_or_cpu
 from speed_diffusers.metrics import (
     METRICS,
     NO_REFERENCE,
@@ -117,9 +118,8 @@ def main(argv: list[str]) -> None:
     """
     settings = load_config(ReferenceSettings, argv, Path(__file__).parent)
     files = ExtractorFiles(settings.inception_weights, settings.dinov2_model, settings.clip_model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     extractor = load_extractor(
-        settings.feature_extractor, device=device or "cpu", weights=files.weights_of(settings.feature_extractor)
+        settings.feature_extractor, device=accelerator_or_cpu(), weights=files.weights_of(settings.feature_extractor)
     )
     vae = None if settings.vae is None else load_vae(settings.vae).eval()
     training = open_training_images(settings)

@@ -12,8 +12,6 @@ From a run of one's own, finished or not, a pipeline folder or the Hub:
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from speed_diffusers.assets import EMBEDDED
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
@@ -26,6 +24,7 @@ from speed_diffusers.generation.generate import (
     row_names_of,
     speed_pipeline,
 )
+from speed_diffusers.hardware import accelerator_or_cpu
 from speed_diffusers.reports.plots import save_class_grid
 from speed_diffusers.training.snapshots import load_latest, warn_of_untrained_guidance
 
@@ -61,8 +60,7 @@ def main(argv: list[str]) -> None:
     if config.class_labels or names:
         classes = choose_classes(config.class_labels, names, last_row=last_row)
     warn_of_untrained_guidance(config.model, config.guidance_scale, revision=config.revision)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    images = class_samples(pipeline.to(device), list(classes), config.num_images_per_class, config)
+    images = class_samples(pipeline.to(accelerator_or_cpu()), list(classes), config.num_images_per_class, config)
     output.parent.mkdir(parents=True, exist_ok=True)
     steps = f"{config.num_inference_steps} steps" + (f" of {config.sampler}" if config.sampler else "")
     title = f"{config.model}, guidance {config.guidance_scale:g}, {steps}"

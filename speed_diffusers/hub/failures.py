@@ -99,7 +99,10 @@ def hub_line(error: BaseException, repo_id: str, *, revision: str | None = None)
             name = f"{status} {HTTPStatus(status).phrase}"
         except ValueError:
             name = str(status)
-        return f"the Hub answers {name}{_server_words(found)}"
+        words = _server_words(found)
+        if not words and isinstance(error, ValueError):  # older clients put a card's faults into an error of their own
+            words = f" ({_first_line(error)})"
+        return f"the Hub answers {name}{words}"
     if isinstance(found, _NETWORK):
         return f"the Hub cannot be reached at {constants.ENDPOINT} ({_first_line(found)})"
     return _first_line(found)

@@ -11,6 +11,7 @@ from diffusers import DiTPipeline
 from ..files import give_usual_mode, naming_disk_errors
 from ..generation.export import forget_paths, save_pipeline, stock_scheduler
 from ..generation.generate import GenerationSettings, choose_classes, class_samples
+from ..hardware import accelerator_or_cpu
 from ..hub.upload import CARD_FILE
 from ..metrics.curves import METRIC_NAMES
 from ..reports.plots import save_class_grid
@@ -142,9 +143,8 @@ def save_pictures(facts: Facts, folder: Path, num_images_per_class: int) -> dict
 def save_grid(facts: Facts, settings: GenerationSettings, num_images: int, path: Path) -> None:
     """Generates a row of images of each of the first ten classes, on the accelerator if there is one."""
     pipeline = facts.pipeline
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rows = choose_classes([], facts.class_names) if facts.class_names else {pipeline.null_class_id: "no class"}
-    images = class_samples(pipeline.to(device), list(rows), num_images, settings)
+    images = class_samples(pipeline.to(accelerator_or_cpu()), list(rows), num_images, settings)
     pipeline.to("cpu")
     title = f"guidance {settings.guidance_scale:g}, {settings.num_inference_steps} steps"
     save_class_grid(images, list(rows.values()), title, path)

@@ -13,7 +13,7 @@ from ..assets import EMBEDDED
 from ..config.schema import default_of
 from ..metrics.curves import METRIC_NAMES
 from ..metrics.score_record import Score
-from ..models import NULL_CLASS
+from ..models import FREQ_SHIFT, NULL_CLASS, STOCK_FREQ_SHIFT
 from ..reports.strategy_plot import area_shares, mean_weight
 from ..reports.strategy_report import own_name
 from ..settings import SPEED_KEYS
@@ -145,23 +145,33 @@ def _introduction(facts: Facts, repo_id: str, pictures: Mapping[str, str]) -> st
     return "\n\n".join([f"# {_title(repo_id)}", f"{sentence}.", _picture(SAMPLES_FILE, pictures)]).rstrip()
 
 
+def _why_not_stock(facts: Facts, guidance: float) -> str | None:
+    """What diffusers' own pipeline cannot do with the model; None where it does all."""
+    if facts.is_flow:
+        return "The model was trained for flow matching, from which diffusers' own `DiTPipeline` does not sample"
+    if facts.pipeline.transformer.config.get(FREQ_SHIFT, STOCK_FREQ_SHIFT) != STOCK_FREQ_SHIFT:
+        return (
+            "The model was trained with timestep frequencies of DiT's own code (`freq_shift` in its config), which "
+            "diffusers' own `DiTPipeline` does not follow"
+        )
+    if guidance > 1 and not facts.is_guided_by_stock:
+        return (
+            "The row of its label table that means no class is not where the stock pipeline looks for it, so that "
+            "diffusers' own `DiTPipeline` cannot guide it"
+        )
+    return None
+
+
 def _use(facts: Facts, repo_id: str, has_half: bool) -> str:
     steps, guidance = facts.config.get("num_inference_steps", 50), float(facts.config.get("guidance_scale", 1.5))
     names = json.dumps(_unmistakable(facts.class_names), ensure_ascii=False) if facts.class_names else ""
     if facts.config.get("class_dropout_prob") == 0 or not facts.class_names:
         guidance = 1.0
     options = f"guidance_scale={guidance:g}, num_inference_steps={steps}"
-    if facts.is_flow or (guidance > 1 and not facts.is_guided_by_stock):
-        why = (
-            "The model was trained for flow matching"
-            if facts.is_flow
-            else "The row of its label table that means no class is not where"
-        )
-        why += ", from which" if facts.is_flow else " the stock pipeline looks for it, so that"
+    if why := _why_not_stock(facts, guidance):
         labels = f"{names}, " if names not in ("", "[]") else "num_images=4, "
         return (
-            f"## Use\n\n{why} diffusers' own `DiTPipeline` {'does not sample' if facts.is_flow else 'cannot guide it'}"
-            ". The one of `speed_diffusers` does:\n\n```python\n"
+            f"## Use\n\n{why}. The one of `speed_diffusers` does:\n\n```python\n"
             "from speed_diffusers.generation import load_pipeline\n\n"
             f'pipeline = load_pipeline("{repo_id}")\nimages = pipeline({labels}{options}).images\n```'
         )

@@ -1,7 +1,5 @@
 """How a run went, besides its options: what the file beside its pipeline tells whoever releases it."""
 
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from ..config.load import config_dict
 from ..config.published import published
 from ..data.listing import describe_images
 from ..generation.export import TrainingRecord
+from ..hardware import describe_hardware
 from .config import TrainConfig
 from .run import TrainingRun
 from .run_folder import repeatable
@@ -59,30 +58,3 @@ def public_name(name: str | None) -> str | None:
     if name is None or name == EMBEDDED:
         return name
     return None if Path(name).expanduser().exists() else name
-
-
-def describe_hardware(device: torch.device, num_processes: int) -> str:
-    """What a run was computed on, such as "8 x NVIDIA H200" or "2 processes of 1 thread on AMD EPYC 7B13 (4 cores)".
-
-    Args:
-        device: Of this process.
-        num_processes: Of the run.
-    """
-    if device.type == "cuda":
-        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
-    if device.type != "cpu":
-        return f"{num_processes} x {device.type}"
-    threads = torch.get_num_threads()
-    processes = f"{num_processes} process{'es' * (num_processes > 1)} of {threads} thread{'s' * (threads > 1)}"
-    return f"{processes} on {_processor()} ({os.cpu_count()} cores)"
-
-
-def _processor() -> str:
-    """Kind of the processor."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -7,6 +7,7 @@ how to run fails.
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
 from loopback_hub import LoopbackHub
 from original_network import random_state
 from quality_estimator import SHARES, Ratio, load_curves, step_ratio
-from quality_report import FACTOR_SHARES
+from quality_report import BASELINES, FACTOR_SHARES
 from speed_diffusers.config.load import load_config
 from speed_diffusers.metrics import METRICS
 from speed_diffusers.pipelines import SpeeDDiTPipeline
@@ -308,6 +309,12 @@ def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
     ):
         assert words("fast", baseline, form) in benchmarks
     readme = " ".join(TEXTS["README.md"].split())
+    step = json.loads((ROOT / "benchmarks/arm_step_time/DiT-tiny-2.json").read_text("utf-8"))["arms"]["fast"]
+    assert "{:.2f} of the baseline's step ({:.2f} to {:.2f})".format(step["ratio"], *step["interval_95"]) in benchmarks
+    by_clock = [f"{ratio('fast', baseline).mean / step['ratio']:.1f}" for baseline in BASELINES]
+    assert f"{by_clock[0]} times as fast as the baseline, and {by_clock[1]} times with the baseline at" in benchmarks
+    assert f"takes {step['ratio']:.2f} times as long" in readme
+    assert f"saves {by_clock[0]} times by the clock" in readme
     assert f"own part is {ratio('paper_epsilon', 'uniform_epsilon').mean:.2f} with epsilon" in readme
     pairs = (("paper_v", "uniform_v"), ("paper_v_unit", "uniform_v_unit"), ("paper_v_fast", "uniform_v_fast"))
     by_share = [ratio(*pair, share).mean for pair in pairs for share in FACTOR_SHARES]

@@ -193,9 +193,16 @@ def saved(folder: Path, pipeline: DiTPipeline) -> str:
     return str(folder)
 
 
+def with_frequencies_of_dit() -> DiTPipeline:
+    network = transformer(rows=1000)
+    network.register_to_config(freq_shift=0)
+    return pipeline_of(network)
+
+
 KINDS: dict[str, Callable[[], DiTPipeline]] = {
     "flow": lambda: pipeline_of(transformer(rows=1000), FlowMatchEulerDiscreteScheduler()),
     "few rows": lambda: pipeline_of(transformer(rows=2), id2label={0: "cat", 1: "dog"}),
+    "frequencies of DiT": with_frequencies_of_dit,
     "without classes": lambda: pipeline_of(transformer(rows=1000)),
     "ours": lambda: DiTPipeline(transformer(rows=1000), autoencoder(), SpeeDDDPMScheduler(clip_sample=False)),
     "names": lambda: inference_pipeline(
@@ -210,8 +217,9 @@ def test_the_example_of_every_kind_of_model_runs(kind: str, tmp_path: Path) -> N
     made = make_release(name, tmp_path / "release", "alice/tiny", num_images_per_class=1)
     assert files_of(made.folder) == ALWAYS | MODELS | {"samples.png"}, "nothing is told that is not known"
     text = card_of(made).text
-    assert ("load_pipeline" in text.partition("```python")[2].partition("```")[0]) == (kind in ("flow", "few rows"))
-    assert len(run_usage(made)) == (4 if kind in ("flow", "without classes", "ours") else 2)
+    not_for_stock = kind in ("flow", "few rows", "frequencies of DiT")
+    assert ("load_pipeline" in text.partition("```python")[2].partition("```")[0]) == not_for_stock
+    assert len(run_usage(made)) == (4 if kind in ("flow", "frequencies of DiT", "without classes", "ours") else 2)
     index = json.loads((made.folder / "model_index.json").read_text())
     assert index["scheduler"][0] == "diffusers"
     if kind == "names":
