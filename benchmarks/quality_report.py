@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from quality_arms import ARMS
+from quality_arms import ARMS, SETTINGS
 from quality_estimator import SHARES, Curve, load_curves, step_ratio
 
 BASELINES = {"uniform_epsilon": "as published", "uniform_epsilon_tuned": "at its best rate"}
@@ -55,6 +55,9 @@ LADDER = (
 """The front page's rows: what is chosen, row by row, and the arm."""
 MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
 
+DISTANCES = {"frechet_distance": ("Fréchet distance", "{:.2f}"), "kernel_distance": ("Kernel distance", "{:.4f}")}
+"""By score: its name in words, and how its values are written."""
+
 PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
 SHOWN_STEPS = (500, 1000, 1500, 3000)
 
@@ -62,22 +65,23 @@ SHOWN_STEPS = (500, 1000, 1500, 3000)
 def write_report(folder: Path) -> str:
     """Writes `table.md` and `curves.png` beside the results of a setting; returns the table."""
     curves = load_curves(folder)
+    score = SETTINGS[folder.name].score
     is_cosine = [curve.arm.endswith(COSINE) for curve in curves]
     constant = [curve for curve, other in zip(curves, is_cosine, strict=True) if not other]
     cosine = [curve for curve, own in zip(curves, is_cosine, strict=True) if own]
     parts = [
-        distances(constant, "after steps**", SHOWN_STEPS),
-        *(ratios(constant, baseline, SHARES) for baseline in BASELINES),
+        distances(constant, score, "after steps**", SHOWN_STEPS),
+        *(ratios(constant, score, baseline, SHARES) for baseline in BASELINES),
     ]
-    parts.append(factors(constant))
+    parts.append(factors(constant, score))
     if cosine:
-        parts.append(distances(cosine, "at the end of runs with a cosine schedule**, by their length", None))
+        parts.append(distances(cosine, score, "at the end of runs with a cosine schedule**, by their length", None))
         for baseline in BASELINES:
             measured = sorted({step for curve in cosine if curve.arm == baseline + COSINE for step in curve.points})
-            parts.append(ratios(cosine, baseline + COSINE, [step / measured[-1] for step in measured]))
-    table = "\n\n".join([*filter(None, parts), harm(curves)])
+            parts.append(ratios(cosine, score, baseline + COSINE, [step / measured[-1] for step in measured]))
+    table = "\n\n".join([*filter(None, parts), harm(curves, score)])
     (folder / "table.md").write_text(table + "\n")
-    plot(curves, folder / "curves.png")
+    plot(curves, score, folder / "curves.png")
     return table
 
 
@@ -90,27 +94,29 @@ def arms_of(curves: Sequence[Curve]) -> list[str]:
 def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:
     values = [curve.points[step][score] for curve in curves if curve.arm == arm and step in curve.points]
     known = [value for value in values if value is not None]
-    return f"{np.mean(known):.2f}" if known else ""
+    _, form = DISTANCES.get(score, ("", "{:.2f}"))
+    return form.format(np.mean(known)) if known else ""
 
 
-def distances(curves: Sequence[Curve], when: str, steps: Sequence[int] | None) -> str:
+def distances(curves: Sequence[Curve], score: str, when: str, steps: Sequence[int] | None) -> str:
     """Mean distance over the seeds by step.
 
     Args:
         curves: What is shown.
+        score: Which distance.
         when: The end of the table's heading.
         steps: The columns; None: every step that was scored.
     """
     steps = steps or sorted({step for curve in curves for step in curve.points})
     lines = [
-        f"**Fréchet distance {when}, mean over the seeds (lower is better).",
+        f"**{DISTANCES[score][0]} {when}, mean over the seeds (lower is better).",
         "",
         "| arm | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
         "|---|---|" + "---|" * len(steps),
     ]
     for arm in arms_of(curves):
         seeds = sum(curve.arm == arm for curve in curves)
-        cells = [_mean(curves, arm, step, "frechet_distance") for step in steps]
+        cells = [_mean(curves, arm, step, score) for step in steps]
         lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,11 +140,11 @@ def with_ladder(page: str, curves: Sequence[Curve]) -> str:
     return f"{before}{begin}\n\n{ladder(curves)}\n\n{end}{after}"
 
 
-def factors(curves: Sequence[Curve]) -> str | None:
+def factors(curves: Sequence[Curve], score: str) -> str | None:
     """How many times fewer steps one change saves, all else being equal; None where no two arms compare."""
     rows = []
     for changed, arm, without in FACTORS:
-        found = [step_ratio(curves, arm, without, share) for share in FACTOR_SHARES]
+        found = [step_ratio(curves, arm, without, share, score) for share in FACTOR_SHARES]
         if None not in found:
             rows.append(f"| {changed} | {arm} | {without} | {' | '.join(map(str, found))} |")
     if not rows:
@@ -155,7 +161,7 @@ def factors(curves: Sequence[Curve]) -> str | None:
     return "\n".join(lines + rows)
 
 
-def ratios(curves: Sequence[Curve], baseline: str, shares: Sequence[float]) -> str | None:
+def ratios(curves: Sequence[Curve], score: str, baseline: str, shares: Sequence[float]) -> str | None:
     """How many times fewer steps each arm needs than a baseline; None where no arm can be held against it."""
     last = max((max(curve.points) for curve in curves if curve.arm == baseline), default=0)
     lines = [
@@ -168,15 +174,16 @@ def ratios(curves: Sequence[Curve], baseline: str, shares: Sequence[float]) -> s
     ]
     rows = []
     for arm in arms_of(curves):
-        found = [step_ratio(curves, arm, baseline, share) for share in shares]
+        found = [step_ratio(curves, arm, baseline, share, score) for share in shares]
         if arm != baseline and None not in found:
             rows.append(f"| {arm} | {' | '.join(map(str, found))} |")
     return "\n".join(lines + rows) if rows else None
 
 
-def harm(curves: Sequence[Curve]) -> str:
-    """What else changes: recall, precision, agreement and validation loss at the end of each arm's runs."""
-    names = ("recall", "precision", "class_agreement", "validation_loss")
+def harm(curves: Sequence[Curve], score: str) -> str:
+    """What else changes: the other distance, recall, precision, agreement and validation loss at the ends of runs."""
+    others = [distance for distance in DISTANCES if distance != score]
+    names = (*others, "recall", "precision", "class_agreement", "validation_loss")
     lines = [
         "**At the end of each arm's runs**, mean over the seeds.",
         "",
@@ -189,7 +196,7 @@ def harm(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def plot(curves: Sequence[Curve], path: Path) -> None:
+def plot(curves: Sequence[Curve], score: str, path: Path) -> None:
     """Distance over steps of the main arms: the mean over the seeds, and a band from the best to the worst."""
     figure = Figure(figsize=(6.4, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -197,8 +204,8 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
         mine = [curve for curve in curves if curve.arm == arm]
         if not mine:
             continue
-        steps, _ = mine[0].values("frechet_distance")
-        values = np.array([curve.values("frechet_distance")[1] for curve in mine])
+        steps, _ = mine[0].values(score)
+        values = np.array([curve.values(score)[1] for curve in mine])
         (line,) = axes.plot(
             steps, np.exp(np.log(values).mean(0)), marker="o", markersize=3, label=f"{arm} ({len(mine)})"
         )
@@ -206,7 +213,7 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("Fréchet distance (lower is better)")
+    axes.set_ylabel(f"{DISTANCES[score][0]} (lower is better)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -250,10 +250,24 @@ def test_one_factor_at_a_time_is_held_against_the_arm_without_it(tmp_path: Path)
     for changed, arm, without in FACTORS:
         assert changed and {arm, without} <= ARMS.keys()
     curves = [power_law("uniform_v", 0, 2.0), power_law("paper_v", 0, 3.0), power_law("fast", 0, 5.0)]
-    table = factors(curves)
+    table = factors(curves, "frechet_distance")
     assert table is not None and "| paper_v | uniform_v | 1.50 (1.50) | 1.50 (1.50) |" in table
     assert "| fast |" not in table, "the arm without Muon has no runs here"
-    assert factors(curves[:1]) is None
+    assert factors(curves[:1], "frechet_distance") is None
+
+
+def test_a_setting_is_reported_in_its_own_distance(tmp_path: Path) -> None:
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    for arm, factor in (("uniform_epsilon", 1), ("fast", 4)):
+        # The Fréchet distances would say the opposite.
+        scores = {step: {"frechet_distance": float(step), "kernel_distance": 50 / (factor * step)} for step in STEPS}
+        other = dict.fromkeys(("recall", "precision", "class_agreement", "validation_loss"), 0.5)
+        curve = [{"step": step, **values, **other} for step, values in scores.items()]
+        (folder / f"{arm}-0.json").write_text(json.dumps({"arm": arm, "seed": 0, "curve": curve}))
+    table = write_report(folder)
+    assert "**Kernel distance after steps**" in table and "| uniform_epsilon | 1 | 0.1000 | 0.0500 |" in table
+    assert "| fast | 3.00 (3.00) | 4.00 (4.00) | 4.00 (4.00) | 4.00 (4.00) |" in table, "250 steps are the first"
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
