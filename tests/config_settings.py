@@ -15,6 +15,7 @@ class Settings:
 
     train_batch_size: int = field(default=8, metadata={"help": "Images per device and micro-step."})
     max_train_steps: int | None = None
+    num_train_epochs: int | None = field(default=None, metadata={"instead_of": "max_train_steps"})
     learning_rate: float = 1e-4
     guidance_scale: float | None = None
     use_ema: bool = False

@@ -3,7 +3,7 @@
 Every file in train_scripts/configs starts.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,9 @@ STARTED_ON_META = [
     "imagenet_256/dit_xl2",
     "imagenet_256/dit_xl2_fast",
     "imagenet_256/dit_xl2_uniform",
+    "imagenet_512/dit_xl2",
+    "imagenet_512/dit_xl2_fast",
+    "imagenet_512/dit_xl2_uniform",
 ]
 QUICKSTART = ["quickstart/fashion_mnist", "quickstart/fast"]
 
@@ -180,6 +183,15 @@ def load(name: str) -> TrainConfig:
 
 def test_no_configuration_is_left_out() -> None:
     assert sorted(STARTED_FOR_REAL + STARTED_ON_META + QUICKSTART) == NAMES
+
+
+def test_512_is_256_but_for_what_four_times_the_tokens_change() -> None:
+    changed = {"resolution", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+    for name in ("dit_xl2", "dit_xl2_fast", "dit_xl2_uniform"):
+        small, large = (asdict(load(f"imagenet_{size}/{name}")) for size in (256, 512))
+        unlike = {key for key in small if small[key] != large[key]}
+        assert unlike == changed | {"max_train_steps", "output_dir"}
+        assert large["train_batch_size"] * large["gradient_accumulation_steps"] == small["train_batch_size"]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

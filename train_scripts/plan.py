@@ -33,7 +33,7 @@ from speed_diffusers.reports.strategy_plot import save_strategy_plot
 from speed_diffusers.reports.strategy_report import describe_cost, describe_strategies, strategy_tables
 from speed_diffusers.reports.training_cost import GPUS, TrainingCost, gpu_named
 from speed_diffusers.schedulers import speed_scheduler
-from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, with_steps_of_epochs
 from speed_diffusers.training.parts import make_scheduler, open_data
 from speed_diffusers.training.run_folder import is_run, load_run_config
 from speed_diffusers.variance import LEARNED_RANGE
@@ -175,12 +175,16 @@ def training_cost(config: PlanConfig) -> TrainingCost:
     )
     with torch.device("meta"):
         core = build_dit(architecture, None, tie_embedders=config.tie_embedders)
+    num_images = _num_images(config)
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * config.num_gpus
+    if config.num_train_epochs is not None and num_images is None:
+        raise InputError(f"num_train_epochs={config.num_train_epochs}: of how many images? Give num_images=N too.")
     return TrainingCost(
         config=architecture,
         num_parameters=sum(parameter.numel() for parameter in core.parameters() if parameter.requires_grad),
-        global_batch=config.train_batch_size * config.gradient_accumulation_steps * config.num_gpus,
-        max_train_steps=config.max_train_steps,
-        num_images=_num_images(config),
+        global_batch=global_batch,
+        max_train_steps=with_steps_of_epochs(config, num_images or 0, global_batch).max_train_steps,
+        num_images=num_images,
         random_flip=config.random_flip,
         gradient_checkpointing=config.gradient_checkpointing,
     )

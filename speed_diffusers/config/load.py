@@ -68,6 +68,8 @@ def load_config(schema: type[T], argv: Sequence[str], script_dir: Path, *, defau
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)  # it is read-only where the dataclass is frozen
     for where, source in [*sources, ("", values)]:
+        for key, raw in _taken_back(source, settings, where).items():
+            config[key] = raw
         for key, raw in source.items():
             try:
                 config[key] = _convert(_lookup(key, settings), raw)
@@ -107,6 +109,27 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _taken_back(source: Mapping[str, str | list[str]], settings: Mapping[str, Setting], where: str) -> dict[str, None]:
+    """Options that a source takes back by giving another that says the same.
+
+    Raises:
+        InputError: It gives both.
+    """
+    given = {key for key, raw in source.items() if raw not in _NONE_WORDS}
+    taken: dict[str, None] = {}
+    for setting in settings.values():
+        if setting.instead_of not in given:
+            continue
+        if setting.key in given:
+            other = setting.instead_of
+            raise InputError(
+                f"{where}{setting.key}={source[setting.key]} and {other}={source[other]} say the same in two ways: "
+                "give one of them."
+            )
+        taken[setting.key] = None
+    return taken
 
 
 def _lookup(key: str, settings: Mapping[str, Setting]) -> Setting:

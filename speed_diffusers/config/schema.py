@@ -93,6 +93,7 @@ def option(
     free: bool = False,
     path: bool = False,
     share: bool = False,
+    instead_of: str | None = None,
 ) -> Any:
     """A dataclass field with its help text and its range.
 
@@ -105,6 +106,8 @@ def option(
         free: The value may differ when a run is resumed, because it does not touch what is computed.
         path: The value, or each of a list, is or may be a path: a leading `~` is the home folder.
         share: A float in [0, 1] that may also be written as true (all) or false (none).
+        instead_of: Another option that says the same in other words: whoever gives one of the two takes back the
+            other that a file below gave, and nobody gives both at once. The default is None.
     """
     metadata = {
         "help": help,
@@ -113,6 +116,7 @@ def option(
         "free": free,
         "path": path,
         "share": share,
+        "instead_of": instead_of,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -133,6 +137,7 @@ class Setting:
     choices: tuple[object, ...] = ()
     is_path: bool = False
     is_share: bool = False
+    instead_of: str | None = None
 
     @property
     def item_words(self) -> str:
@@ -176,6 +181,7 @@ def settings_of(schema: "type[DataclassInstance]") -> dict[str, Setting]:
             tuple(choices() if callable(choices) else choices),
             about.get("path", False),
             about.get("share", False),
+            about.get("instead_of"),
         )
     return settings
 

@@ -1,6 +1,7 @@
 """Every option of the training script, its default, range and help, under the names that diffusers' scripts use."""
 
-from dataclasses import Field, dataclass, fields, make_dataclass
+import math
+from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..assets import EMBEDDED
@@ -165,6 +166,12 @@ class TrainConfig(_WithSpeeD):
         1, "Batches whose gradients make one optimizer step.", interval="[1, 10^6]", free=True
     )
     max_train_steps: int = option(400_000, "Optimizer steps of the run.", interval="[1, 10^9]")
+    num_train_epochs: int | None = option(
+        None,
+        "Passes over the training images instead of max_train_steps, which follows from them when the run begins.",
+        interval="[1, 10^6]",
+        instead_of="max_train_steps",
+    )
     learning_rate: float = option(1e-4, "Learning rate after the warm-up.", interval="(0, inf)")
     lr_scheduler: str = option(
         "constant_with_warmup",
@@ -302,7 +309,9 @@ class TrainConfig(_WithSpeeD):
                 f"lr_warmup_steps={self.lr_warmup_steps}: lr_scheduler=constant has none; take constant_with_warmup."
             )
         if self.lr_scheduler == COOLDOWN:
-            if not 1 <= self.lr_decay_steps <= self.max_train_steps - self.lr_warmup_steps:
+            # How many steps epochs are is known when the images are; this is then called again.
+            known = self.num_train_epochs is None
+            if known and not 1 <= self.lr_decay_steps <= self.max_train_steps - self.lr_warmup_steps:
                 raise InputError(
                     f"lr_decay_steps={self.lr_decay_steps}: lr_scheduler={COOLDOWN} needs some in [1, max_train_steps "
                     f"- lr_warmup_steps], here [1, {self.max_train_steps - self.lr_warmup_steps}]."
@@ -337,6 +346,23 @@ class TrainConfig(_WithSpeeD):
     def speed(self) -> dict[str, Any]:
         """The options of SpeeD, as keywords of a scheduler."""
         return {key: getattr(self, key) for key in SPEED_KEYS}
+
+
+def with_steps_of_epochs(config: TrainConfig, num_images: int, global_batch: int) -> TrainConfig:
+    """Options whose length is a number of steps: as many as it takes to see every image num_train_epochs times.
+
+    Args:
+        config: The options.
+        num_images: Images that a training goes through before it begins again.
+        global_batch: Images of an optimizer step, over all processes and batches.
+
+    Raises:
+        InputError: lr_decay_steps does not fit into so many steps.
+    """
+    if config.num_train_epochs is None:
+        return config
+    steps = math.ceil(config.num_train_epochs * num_images / global_batch)
+    return replace(config, max_train_steps=steps, num_train_epochs=None)
 
 
 def trainer_options(config: TrainConfig) -> TrainConfig:

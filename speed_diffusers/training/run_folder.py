@@ -87,8 +87,7 @@ def check_output_dir(config: TrainConfig) -> Path | None:
         The checkpoint to resume from, or None to begin at step 0.
 
     Raises:
-        InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good, or has
-            taken more steps than this run is to have.
+        InputError: The folder is a file, cannot be written, holds a run already, or the checkpoint is no good.
     """
     folder = Path(config.output_dir)
     check_writable("output_dir", folder)
@@ -107,12 +106,21 @@ def check_output_dir(config: TrainConfig) -> Path | None:
             raise InputError(
                 f"{checkpoint / STATE} lacks {', '.join(sorted(missing))}: no checkpoint of this trainer."
             )
-        if state["step"] > config.max_train_steps:
-            raise InputError(
-                f"max_train_steps={config.max_train_steps}: {checkpoint} has taken {state['step']} steps already; "
-                f"allowed: at least {state['step']}, or an earlier checkpoint as resume_from_checkpoint."
-            )
     return checkpoint
+
+
+def check_steps_left(config: TrainConfig, checkpoint: Path) -> None:
+    """Checks that a run is to have no fewer steps than the checkpoint it is resumed from has taken.
+
+    Raises:
+        InputError: It is.
+    """
+    taken = read_state(checkpoint)["step"]
+    if taken > config.max_train_steps:
+        raise InputError(
+            f"max_train_steps={config.max_train_steps}: {checkpoint} has taken {taken} steps already; "
+            f"allowed: at least {taken}, or an earlier checkpoint as resume_from_checkpoint."
+        )
 
 
 def check_resumed_config(config: TrainConfig, checkpoint: Path, current: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from ..generation.pretrained import GUIDANCE_UNTRAINED, load_vae
 from ..hub import Destination, check_destination
 from ..models import FREQ_SHIFT
 from .checkpoints import load_checkpoint, load_learned, load_tracks, read_state
-from .config import TrainConfig
+from .config import TrainConfig, with_steps_of_epochs
 from .ema import ExponentialMovingAverage, fitted_decay
 from .ema_tracks import EmaTracks
 from .feedback import ErrorFeedback
@@ -45,7 +45,13 @@ from .parts import (
 from .ranks import Ranks
 from .results import score_settings, start_trackers
 from .run import Inputs, TrainingRun
-from .run_folder import BAD_IMAGES_FILE, check_output_dir, check_resumed_config, open_output_dir
+from .run_folder import (
+    BAD_IMAGES_FILE,
+    check_output_dir,
+    check_resumed_config,
+    check_steps_left,
+    open_output_dir,
+)
 from .tracking import check_trackers, tracker_names
 from .validation import ValidationSet
 
@@ -89,6 +95,9 @@ def check_inputs(config: TrainConfig) -> Inputs:
     if config.push_to_hub and accelerator.is_main_process:
         check_push(config)
     layout = make_layout(config, accelerator, checkpoint)
+    config = with_steps_of_epochs(config, len(source), layout.global_batch)
+    if checkpoint is not None:
+        check_steps_left(config, checkpoint)
     check_same_step(accelerator, checkpoint)
     identity = {
         "data_signature": source.signature(),
@@ -267,6 +276,7 @@ def temporary_run(
             config,
             output_dir=folder,
             max_train_steps=steps,
+            num_train_epochs=None,
             report_to=[name for name in tracker_names(config.report_to) if name in LOCAL_TRACKERS],
             resume_from_checkpoint=None,
             overwrite_output_dir=False,

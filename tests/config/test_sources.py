@@ -178,3 +178,22 @@ def test_a_misspelled_config_names_config():
 
 def test_a_bare_flag_does_not_swallow_a_misspelled_setting():
     assert message("--use_ema", "lerning_rate=1").startswith("Unknown config key 'lerning_rate'")
+
+
+def test_of_two_options_that_say_the_same_the_last_source_wins(tmp_path: Path) -> None:
+    def lengths(*argv: str) -> tuple[int | None, int | None]:
+        settings = load_config(Settings, argv, tmp_path)
+        return settings.max_train_steps, settings.num_train_epochs
+
+    (tmp_path / "steps.yaml").write_text("max_train_steps: 5")
+    (tmp_path / "epochs.yaml").write_text("num_train_epochs: 3")
+    steps, epochs = f"config={tmp_path / 'steps.yaml'}", f"config={tmp_path / 'epochs.yaml'}"
+    assert lengths(steps, "num_train_epochs=2") == (5, 2), "the one that is looked at first"
+    assert lengths(epochs, "max_train_steps=7") == (7, None)
+    assert lengths(epochs, "max_train_steps=None") == (None, 3)
+    assert lengths(epochs, "num_train_epochs=None", "max_train_steps=7") == (7, None)
+    said = message("num_train_epochs=2", "max_train_steps=7")
+    assert said == "num_train_epochs=2 and max_train_steps=7 say the same in two ways: give one of them."
+    (tmp_path / "both.yaml").write_text("max_train_steps: 5\nnum_train_epochs: 3")
+    with pytest.raises(InputError, match=r"both\.yaml: num_train_epochs=3 and max_train_steps=5 say the same"):
+        lengths(f"config={tmp_path / 'both.yaml'}")

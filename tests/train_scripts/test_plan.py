@@ -1,5 +1,6 @@
 """The plan: printed numbers against formulas by hand, every registered strategy, its picture, and wrong input."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -99,6 +100,16 @@ def test_costs_are_those_of_the_formula(tmp_path: Path, capsys: pytest.CaptureFi
     # Two moments of 4x32x32 numbers of 2 bytes, for both mirror images.
     assert float(row(printed, "latent cache")[0]) == pytest.approx(1_281_167 * 2 * 2 * 4 * 32 * 32 * 2 / 1e9, abs=6e-3)
     assert "stimates" in printed and "ASSUMPTION" in printed and "Left out" in printed
+
+
+def test_epochs_need_to_know_of_how_many_images() -> None:
+    def steps(*options: str) -> int:
+        return training_cost(load_config(PlanConfig, [*XL, *options], SCRIPT_DIR)).max_train_steps
+
+    assert steps("num_train_epochs=2", "num_images=1000", "train_batch_size=30") == 67
+    assert steps("num_train_epochs=80", "num_gpus=8") == math.ceil(80 * 1_281_167 / 256)
+    with pytest.raises(InputError, match="num_train_epochs=2: of how many images"):
+        steps("num_train_epochs=2", "train_data_dir=somewhere", "dataset_name=None")
 
 
 def test_gradient_checkpointing_and_unknown_data_show_in_the_costs() -> None:

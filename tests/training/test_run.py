@@ -11,10 +11,14 @@ from filelock import FileLock
 from PIL import Image
 
 from run_outputs import final_tensors, metrics, run_folder
+from speed_diffusers.config.load import load_config
 from speed_diffusers.errors import InputError
-from speed_diffusers.train_scripts.train_dit_speed import main
+from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR, main
 from speed_diffusers.training.checkpoint_folders import list_checkpoints
+from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.parts import open_data
 from speed_diffusers.training.profiling import OperationCounter
+from speed_diffusers.training.run_folder import load_run_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -146,6 +150,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "convergence [700, 1000) 7.9%" in printed and "12 of 4 images" in printed
     assert "mean weight E_p[w]" in printed and "FLOP" in printed
     assert not run_folder(tiny_options).exists()
+
+
+def test_epochs_are_turned_into_steps_when_a_run_begins(
+    tiny_options: list[str], fresh_accelerate: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [option for option in tiny_options if not option.startswith("max_train_steps")]
+    source = open_data(load_config(TrainConfig, kept, SCRIPT_DIR))
+    main([*kept, "num_train_epochs=2"])
+    steps, half = -(-2 * len(source) // 4), -(-len(source) // 4)
+    assert f"{steps} of 4 images (2.0 epochs)" in capsys.readouterr().out
+    folder = run_folder(tiny_options)
+    assert list_checkpoints(folder)[0].name == f"checkpoint-{steps}"
+    saved = load_run_config(folder)
+    assert (saved.max_train_steps, saved.num_train_epochs) == (steps, None)
+    fresh_accelerate()
+    with pytest.raises(InputError, match=f"max_train_steps={half}: .* has taken {steps} steps already"):
+        main([*kept, "num_train_epochs=1", "resume_from_checkpoint=latest"])
+    fresh_accelerate()
+    cooldown = ["num_train_epochs=2", "lr_scheduler=warmup_stable_decay", f"lr_decay_steps={steps}"]
+    with pytest.raises(InputError, match=rf"lr_decay_steps={steps}: .* here \[1, {steps - 2}\]"):
+        main([*kept, *cooldown, "overwrite_output_dir=true"])
 
 
 def test_steps_that_do_not_log_ask_the_device_for_nothing(
