@@ -92,19 +92,22 @@ class Ratio:
         per_seed: By seed; 0 where the quality was never reached.
         mean: Geometric mean; 0 if one seed never reached it.
         interval: Bootstrap over the seeds, 95 %; None of too few seeds.
+        is_bound: Whether a seed was as good when it was first measured, so that it may have needed fewer steps.
     """
 
     per_seed: dict[int, float]
     mean: float
     interval: tuple[float, float] | None
+    is_bound: bool = False
 
     def __str__(self) -> str:
         missed = sum(value == 0 for value in self.per_seed.values())
         if missed:
             return f"not reached by {missed} of {len(self.per_seed)}"
+        mean = f"at least {self.mean:.2f}" if self.is_bound else f"{self.mean:.2f}"
         if self.interval is None:
-            return f"{self.mean:.2f} ({', '.join(f'{value:.2f}' for value in self.per_seed.values())})"
-        return f"{self.mean:.2f} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
+            return f"{mean} ({', '.join(f'{value:.2f}' for value in self.per_seed.values())})"
+        return f"{mean} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
 
 
 def step_ratio(
@@ -126,17 +129,19 @@ def step_ratio(
     """
     mine = {curve.seed: curve for curve in curves if curve.arm == arm}
     theirs = {curve.seed: curve for curve in curves if curve.arm == baseline}
-    per_seed = {}
+    per_seed, is_bound = {}, False
     for seed in sorted(mine.keys() & theirs.keys()):
         step = share * max(theirs[seed].points)
         quality = quality_at(theirs[seed], step, score)
-        per_seed[seed] = step / steps_to(mine[seed], quality, score)
+        needed = steps_to(mine[seed], quality, score)
+        per_seed[seed] = step / needed
+        is_bound = is_bound or needed == min(mine[seed].points)
     if not per_seed:
         return None
     values = np.array(list(per_seed.values()))
     if not values.all():
         return Ratio(per_seed, 0.0, None)
-    return Ratio(per_seed, float(np.exp(np.log(values).mean())), bootstrap(values))
+    return Ratio(per_seed, float(np.exp(np.log(values).mean())), bootstrap(values), is_bound)
 
 
 def bootstrap(values: npt.NDArray[np.float64]) -> tuple[float, float] | None:

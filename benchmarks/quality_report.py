@@ -69,19 +69,19 @@ def write_report(folder: Path) -> str:
     is_cosine = [curve.arm.endswith(COSINE) for curve in curves]
     constant = [curve for curve, other in zip(curves, is_cosine, strict=True) if not other]
     cosine = [curve for curve, own in zip(curves, is_cosine, strict=True) if own]
-    parts = [
-        distances(constant, score, "after steps**", SHOWN_STEPS),
-        *(ratios(constant, score, baseline, SHARES) for baseline in BASELINES),
-    ]
-    parts.append(factors(constant, score))
+    parts: list[str | None] = []
+    if constant:
+        parts.append(distances(constant, score, "after steps**", SHOWN_STEPS))
+        parts += [ratios(constant, score, baseline, SHARES) for baseline in BASELINES]
+        parts.append(factors(constant, score))
+        plot(constant, score, folder / "curves.png")
     if cosine:
         parts.append(distances(cosine, score, "at the end of runs with a cosine schedule**, by their length", None))
         for baseline in BASELINES:
             measured = sorted({step for curve in cosine if curve.arm == baseline + COSINE for step in curve.points})
-            parts.append(ratios(cosine, score, baseline + COSINE, [step / measured[-1] for step in measured]))
+            parts.append(ratios(cosine, score, baseline + COSINE, [step / max(measured) for step in measured]))
     table = "\n\n".join([*filter(None, parts), harm(curves, score)])
     (folder / "table.md").write_text(table + "\n")
-    plot(curves, score, folder / "curves.png")
     return table
 
 
@@ -163,7 +163,9 @@ def factors(curves: Sequence[Curve], score: str) -> str | None:
 
 def ratios(curves: Sequence[Curve], score: str, baseline: str, shares: Sequence[float]) -> str | None:
     """How many times fewer steps each arm needs than a baseline; None where no arm can be held against it."""
-    last = max((max(curve.points) for curve in curves if curve.arm == baseline), default=0)
+    if baseline not in arms_of(curves):
+        return None
+    last = max(max(curve.points) for curve in curves if curve.arm == baseline)
     lines = [
         f"**Times fewer steps than `{baseline}`** ({BASELINES[baseline.removesuffix(COSINE)]}) to the distance that "
         f"it has after a share of {last:,} steps: geometric mean over paired seeds, with a bootstrap's 95 % interval "

@@ -4,7 +4,7 @@ import re
 import warnings
 from importlib import metadata
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 NEWEST_TRIED = {"diffusers": "0.42", "accelerate": "1.15", "datasets": "5.2"}
 """Package to the newest version that the tests were run with. setup.py has the lowest."""
