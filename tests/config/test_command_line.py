@@ -14,7 +14,7 @@ import pytest
 from speed_diffusers.config import command_line
 from speed_diffusers.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(command_line.__file__).parents[1]
 
 # A script whose one argument says how it ends. The package's `__init__` is stepped around because importing torch
 # takes longer than all the rest.
@@ -24,7 +24,7 @@ import signal, sys, types
 from dataclasses import dataclass
 
 package = types.ModuleType("speed_diffusers")
-package.__path__ = [{str(ROOT / "speed_diffusers")!r}]
+package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["speed_diffusers"] = package
 
 from speed_diffusers.config.command_line import run_script
