@@ -1,41 +1,30 @@
 """A VAE's view of the training images, computed once: mean and log-variance of every latent, and of its flipped image.
 
 What is stored are the moments, not samples, so that every epoch samples new latents; and those of the flipped images
-too, because a VAE does not commute with flipping. The file is an Arrow stream that `datasets` reads, memory-mapped. A
-second file has a checksum of each part of it, by which it is verified when it is opened, and the images that could not
-be read.
+too, because a VAE does not commute with flipping. `latents_shard` says how they are stored, `latents_encoding` who
+encodes them.
 """
 
 import hashlib
 import json
 import logging
-import math
-import mmap
-import shutil
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..files import write_text
-from .bad_images import BadImage, BadImages, replacements
-from .decode import UnreadableImage
+from .bad_images import BadImages
 from .images import ImageSource
-from .moments import check_resolution, encode_moments, sample_latents, vae_factor, vae_fingerprint
+from .latents_encoding import VERIFIED_AT_ONCE, Encoding, survey, write_header
+from .latents_shard import HEADER_FILE, MAX_SHARDS, CacheHeader, DamagedShard, Shard, rows_per_shard
+from .moments import check_resolution, sample_latents, vae_factor, vae_fingerprint
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -51,42 +40,49 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+KEY_VERSION = 1
 """Part of the cache's key; raise it when what is stored for the same images and VAE changes."""
 
 CACHE_FOLDER = "speed_diffusers_latents"
-LATENTS_FILE = "latents.arrow"
-UNFINISHED_FILE = "tmp-latents.arrow"
-PARTS_FILE = "parts.jsonl"
-"""One `Part` a line, of the finished file or of the unfinished one."""
-
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""Of Arrow's IPC format."""
-
-PART_BYTES = 2**24
-"""Size of the parts into which a file that came without checksums is divided for them."""
-
-VERIFYING_THREADS = 8
 
 
 class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Cached moments and labels, read a whole batch at a time from a memory-mapped file.
+    """Cached moments and labels, read a whole batch at a time; of what was read nothing but checksums stays in memory.
 
     Use it with a `batch_sampler` and `collate_fn=collate`; it travels to DataLoader workers as a path.
+
+    Attributes:
+        folder: Where the cache lies.
+        header: What it is of.
+        shape: (2C, h, w) of the moments.
     """
 
-    def __init__(self, dataset: datasets.Dataset, shape: tuple[int, int, int]) -> None:
-        """Wraps what `cache_latents` wrote.
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a cache that `cache_latents` has made; a shard is opened, and verified, when it is first read from.
 
         Args:
-            dataset: Columns "moments" and, if flipped images were stored, "moments_flipped" (flat float16), "label".
-            shape: (2C, h, w) of the moments.
+            folder: Of the cache, with `header.json` in it.
+
+        Raises:
+            InputError: There is no cache, or one of another version.
         """
-        self.dataset = dataset.with_format("arrow")
-        self.shape = shape
+        self.folder = Path(folder)
+        file = self.folder / HEADER_FILE
+        try:
+            self.header = CacheHeader.from_json(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"'{folder}' holds no latent cache: there is no {HEADER_FILE}.") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"'{file}' is damaged, or of another version; remove it and encode again.") from error
+        self.shape = self.header.shape
+        self._shards: dict[int, Shard] = {}
+        self._open: OrderedDict[int, None] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}, "_open": OrderedDict()}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.header.num_rows
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """One image's moments and label, without a batch axis."""
@@ -95,18 +91,54 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """A batch.
 
+        Args:
+            rows: Numbers of images, each in [0, len).
+
         Returns:
             "moments": float16 (B, 2C, h, w); "moments_flipped": the same of the flipped images, if stored; "labels":
             int64 (B,).
+
+        Raises:
+            DamagedShard: A row does not match its checksum, or its shard is missing. The shard is removed if that is
+                possible, so that the next `cache_latents` encodes it, and it alone, again.
+            IndexError: No such row.
         """
-        table = self.dataset[rows]
-        batch = {"labels": torch.from_numpy(table["label"].to_numpy().copy())}
-        for name in table.column_names:
-            if name != "label":
-                # Flat lists of fixed length: one copy per batch, 30 times faster than datasets' Array3D.
-                values = table[name].combine_chunks().flatten().to_numpy()
-                batch[name] = torch.from_numpy(values.reshape(-1, *self.shape).copy())
+        values = [np.empty((len(rows), self.header.column_bytes), dtype=np.uint8) for _ in self.header.columns]
+        labels = np.empty(len(rows), dtype=np.int64)
+        # In their order on the disk, so that a shard is opened once a batch at most.
+        for place in sorted(range(len(rows)), key=rows.__getitem__):
+            row = rows[place]
+            shard = self._shard(row)
+            try:
+                shard.read_row(row, [column[place] for column in values])
+            except DamagedShard as error:
+                raise self._removed(shard, error) from error
+            labels[place] = shard.labels[row - shard.rows.start]
+        batch = {"labels": torch.from_numpy(labels)}
+        for name, column in zip(self.header.columns, values, strict=True):
+            batch[name] = torch.from_numpy(column.view(np.float16).reshape(-1, *self.shape))
         return batch
+
+    def _shard(self, row: int) -> Shard:
+        """The shard of a row, open. Of those that were used longest ago some are closed again."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row {row} of {len(self)}.")
+        index = row // self.header.rows_per_shard
+        if (shard := self._shards.get(index)) is None:
+            shard = self._shards[index] = Shard(self.folder, self.header, index)
+        self._open[index] = None
+        self._open.move_to_end(index)
+        if len(self._open) > MAX_SHARDS:
+            closed, _ = self._open.popitem(last=False)
+            self._shards[closed].close()
+        return shard
+
+    def _removed(self, shard: Shard, error: DamagedShard) -> DamagedShard:
+        """The error, with what to do; another process may have encoded the shard again meanwhile."""
+        with suppress(OSError):
+            if shard.is_file_of(shard.path):
+                shard.path.unlink()
+        return DamagedShard(f"{error} Start again: what is missing, and that alone, is encoded again.")
 
 
 def cache_latents(
@@ -122,13 +154,18 @@ def cache_latents(
     cache_dir: str | None = None,
     num_threads: int = 8,
     bad_images: BadImages | None = None,
+    rank: int = 0,
+    num_processes: int = 1,
+    verify: bool = False,
 ) -> LatentDataset:
     """Encodes all images, or finds them encoded by an earlier run.
 
-    The file lies in `cache_dir` under a key of images, labels, VAE, resolution, crop and flipping. It appears there
-    only when it is complete, and a lock makes a second process wait for the first instead of doing the work twice.
-    What was encoded before an interruption is kept for the next start. A finished file is verified against its
-    checksums and its labels against the images'; where they differ it is made again.
+    The cache lies in `cache_dir` under a key of images, labels, VAE, resolution, crop and flipping, in shards that
+    appear only when they are complete. All processes that call this, on all machines that share the folder, encode
+    the missing shards together, and each returns when all are there. What was encoded before an interruption is kept,
+    whatever the number of processes; a shard that is missing or damaged is encoded again, and no other.
+
+    What is stored does not depend on the number of processes or on interruptions.
 
     In place of an image that cannot be read, the next good one and its label are stored.
 
@@ -142,8 +179,12 @@ def cache_latents(
         batch_size: Images encoded at a time; it does not change the key.
         device: Where to encode.
         cache_dir: Folder of the caches; None for that of `datasets` (HF_DATASETS_CACHE).
-        num_threads: Threads that decode images.
+        num_threads: Threads of this process that decode images.
         bad_images: Takes in the images that cannot be read; None for one of its own, with the usual limit.
+        rank: Number of this process, in [0, num_processes); process 0 shows the progress of all.
+        num_processes: How many processes call this, for where each begins.
+        verify: Verify every row of what is there already. Otherwise that is done for caches of up to 1 GiB; of larger
+            ones only the shards' headers are verified here, and each row when it is read.
 
     Raises:
         InputError: If more images than `bad_images` allows cannot be read, the resolution does not fit, the VAE
@@ -152,237 +193,75 @@ def cache_latents(
     bad_images = BadImages(len(source)) if bad_images is None else bad_images
     side = check_resolution(resolution, vae)
     shape = (2 * int(vae.config["latent_channels"]), side, side)
-    columns = ["moments", "moments_flipped"] if random_flip else ["moments"]
-    key = _key(FORMAT_VERSION, source.fingerprint, vae_fingerprint, resolution, center_crop, random_flip)
+    header = CacheHeader(
+        images=source.fingerprint,
+        vae=vae_fingerprint,
+        resolution=resolution,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        num_rows=len(source),
+        shape=shape,
+        rows_per_shard=0,
+    )
+    header = replace(header, rows_per_shard=rows_per_shard(len(source), len(header.columns) * header.column_bytes))
+    key = _key(KEY_VERSION, source.fingerprint, vae_fingerprint, resolution, center_crop, random_flip)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / CACHE_FOLDER / key
+    header = _as_divided_before(folder, header)
+    verify = verify or sum(map(header.bytes_of, range(header.num_shards))) <= VERIFIED_AT_ONCE
     try:
-        # Before the lock, so that a finished cache can lie on a read-only disk.
-        cached = _finished(folder, source, bad_images)
-        if cached is None:
+        # Without writing anything, so that a finished cache can lie on a read-only disk.
+        wrong, bad = survey(folder, header, verify=verify)
+        bad_images.add(bad)
+        if wrong or not (folder / HEADER_FILE).exists():
+            if rank == 0 and not folder.exists():
+                _tell_of_another(folder, header)
             folder.mkdir(parents=True, exist_ok=True)
-            with _only_one(folder):
-                cached = _finished(folder, source, bad_images)
-                if cached is None:
-                    cast(Any, vae).to(device)
-                    writer = _Writer(folder, source, columns, shape, bad_images)
-                    writer.encode(vae, resolution, center_crop, batch_size, num_threads)
-                    cached = _opened(folder / LATENTS_FILE)
+            write_header(folder, header)
+        if wrong:
+            encoding = Encoding(folder, header, source, vae, batch_size, num_threads, bad_images, rank, num_processes)
+            encoding.remove_damaged({index: reason for index, reason in wrong.items() if reason})
+            encoding.make_room([*wrong])
+            cast(Any, vae).to(device)
+            encoding.encode([*wrong])
+            # Those of other processes too.
+            wrong, bad = survey(folder, header, verify=False)
+            bad_images.add(bad)
+            for reason in wrong.values():
+                raise DamagedShard(reason or f"'{folder}': shards have been removed meanwhile.")
     except OSError as error:
         raise InputError(f"Cannot keep latents in '{folder}' (cache_dir, or HF_DATASETS_CACHE): {error}.") from error
-    return LatentDataset(cached, shape)
+    return LatentDataset(folder)
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system releases it when its holder dies."""
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        logger.warning("Another process is making the latents in '%s'; waiting for it.", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _as_divided_before(folder: Path, header: CacheHeader) -> CacheHeader:
+    """The header with the shards as large as those of the cache that is there."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = CacheHeader.from_json((folder / HEADER_FILE).read_text(encoding="utf-8"))
+        if found.differences(header).keys() <= {"rows_per_shard"} and found.rows_per_shard > 0:
+            return found
+    return header
 
 
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a cache's file, from the end of the part before it."""
-
-    end: int
-    """Its last byte's position + 1."""
-    crc32: int
-    rows: int = 0
-    """Images that it completes."""
-    bad_images: Sequence[BadImage] = ()
-    """Those that could not be read on the way."""
+_TOLD = {
+    "images": "images (fingerprint {})",
+    "vae": "VAE (hash {})",
+    "resolution": "resolution ({})",
+    "center_crop": "crop rule (center_crop {})",
+    "random_flip": "flip (random_flip {})",
+}
+"""The fields of a header that users choose, in words."""
 
 
-def _read_parts(folder: Path) -> list[Part]:
-    """What is known of the file; lines from the first damaged one on are left out."""
-    parts: list[Part] = []
-    try:
-        for line in (folder / PARTS_FILE).read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            bad = [BadImage(**image) for image in values["bad_images"]]
-            parts.append(Part(int(values["end"]), int(values["crc32"]), int(values["rows"]), bad))
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        pass
-    return parts
-
-
-def _to_line(part: Part) -> str:
-    return f"{json.dumps(asdict(part))}\n"
-
-
-def _whole_parts(file: Path, parts: list[Part]) -> list[Part]:
-    """The parts up to the first that the file does not hold as it was written."""
-    with file.open("rb") as opened:
-        if not (size := file.stat().st_size):
-            return []
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-
-            def is_whole(span: tuple[int, int], part: Part) -> bool:
-                with content[slice(*span)] as stretch:
-                    return span[0] < span[1] <= size and zlib.crc32(stretch) == part.crc32
-
-            spans = pairwise([0, *(part.end for part in parts)])
-            with ThreadPoolExecutor(VERIFYING_THREADS) as threads:
-                for index, whole in enumerate(threads.map(is_whole, spans, parts)):
-                    if not whole:
-                        return parts[:index]
-    return parts
-
-
-def _opened(file: Path) -> datasets.Dataset:
-    return datasets.Dataset.from_file(str(file))
-
-
-def _finished(folder: Path, source: ImageSource, bad_images: BadImages) -> datasets.Dataset | None:
-    """The cache if it is there, whole, and of these images; its bad images are added.
-
-    Raises:
-        InputError: They are too many.
-    """
-    file = folder / LATENTS_FILE
-    if not file.exists():
-        return None
-    parts = _read_parts(folder)
-    if parts and (_whole_parts(file, parts) != parts or parts[-1].end != file.stat().st_size):
-        logger.warning("The latent cache '%s' does not match its checksums; making it again.", file)
-        return None
-    try:
-        dataset = _opened(file)
-        labels = dataset.select_columns(["label"]).with_format("arrow")[:]["label"].to_numpy()
-    # Arrow and datasets raise almost anything on a damaged file without checksums (ArrowInvalid, JSONDecodeError,
-    # KeyError, ...); whatever it is, there is one thing to do.
-    except Exception as error:
-        logger.warning("The latent cache '%s' is damaged (%s); making it again.", file, error)
-        return None
-    if len(dataset) != len(source):
-        logger.warning("The latent cache '%s' has %d rows, not %d; making it again.", file, len(dataset), len(source))
-        return None
-    bad = [image for part in parts for image in part.bad_images]
-    if not np.array_equal(labels, source.labels[replacements(len(source), {image.row for image in bad})]):
-        logger.warning("The latent cache '%s' has other labels than the images; making it again.", file)
-        return None
-    bad_images.add(bad)
-    if not parts:
-        _add_checksums(folder)
-    return dataset
-
-
-def _add_checksums(folder: Path) -> None:
-    """Of a cache that version 0.1 made, which wrote none; from now on it is verified too."""
-    file = folder / LATENTS_FILE
-    parts = []
-    with file.open("rb") as opened:
-        while content := opened.read(PART_BYTES):
-            parts.append(Part(opened.tell(), zlib.crc32(content)))
-    try:
-        write_text(folder / PARTS_FILE, "".join(map(_to_line, parts)))
-    except OSError as error:
-        logger.warning("The latent cache '%s' has no checksums and none can be kept beside it: %s.", file, error)
-
-
-class _Writer:
-    """Makes the cache's file part by part; only under the lock, where nobody else is writing."""
-
-    def __init__(
-        self,
-        folder: Path,
-        source: ImageSource,
-        columns: list[str],
-        shape: tuple[int, int, int],
-        bad_images: BadImages,
-    ) -> None:
-        """Takes up what an interrupted run has left, and checks that the rest fits on the disk."""
-        self.folder = folder
-        self.source = source
-        self.columns = columns
-        self.num_values = math.prod(shape)
-        self.bad_images = bad_images
-        moments = datasets.Sequence(datasets.Value("float16"), length=self.num_values)
-        features = datasets.Features({**dict.fromkeys(columns, moments), "label": datasets.Value("int64")})
-        self.schema = features.arrow_schema
-        # A damaged file, and what version 0.1 left unfinished.
-        for leftover in (folder / LATENTS_FILE, *folder.glob("tmp*")):
-            if leftover.name != UNFINISHED_FILE:
-                leftover.unlink(missing_ok=True)
-        self.file = folder / UNFINISHED_FILE
-        self.parts = _whole_parts(self.file, _read_parts(folder)) if self.file.exists() else []
-        self.bad_images.add(image for part in self.parts for image in part.bad_images)
-        self._make_room()
-
-    @property
-    def rows_done(self) -> int:
-        return sum(part.rows for part in self.parts)
-
-    def _make_room(self) -> None:
-        rest = len(self.source) - self.rows_done
-        num_bytes = rest * (len(self.columns) * 2 * self.num_values + 8)
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            raise InputError(
-                f"The latents need {num_bytes / 1e9:.1f} GB in '{self.folder}', where {free / 1e9:.1f} GB are free. "
-                "Give another cache_dir (or HF_DATASETS_CACHE), or train with cache_latents=false."
-            )
-
-    def encode(
-        self, vae: "AutoencoderKL", resolution: int, center_crop: bool, batch_size: int, num_threads: int
-    ) -> None:
-        """Writes what is not there yet; the file has its final name only when it is complete."""
-        images = self.source.dataset.select_columns([self.source.image_column])
-        count = len(self.source)
-        write_text(self.folder / PARTS_FILE, "".join(map(_to_line, self.parts)))
-        progress = tqdm(total=count, initial=self.rows_done, desc="Caching latents", unit="image")
-        with (
-            self.file.open("ab") as file,
-            (self.folder / PARTS_FILE).open("a", encoding="utf-8") as parts_file,
-            ThreadPoolExecutor(num_threads) as threads,
-            progress,
-        ):
-
-            def write(content: pa.Buffer | bytes, rows: int = 0, bad: Sequence[BadImage] = ()) -> None:
-                file.write(content)
-                file.flush()
-                self.parts.append(Part(file.tell(), zlib.crc32(content), rows, bad))
-                parts_file.write(_to_line(self.parts[-1]))
-                parts_file.flush()
-
-            def load(image: dict[str, object] | None, row: int) -> tuple[npt.NDArray[np.uint8], int, list[BadImage]]:
-                try:
-                    return self.source.decode(image, row, resolution, center_crop), row, []
-                except UnreadableImage:
-                    return self.source.load_or_next(row, resolution, center_crop)
-
-            file.truncate(self.parts[-1].end if self.parts else 0)
-            file.seek(0, 2)
-            if not self.parts:
-                write(self.schema.serialize())
-            for begin in range(self.rows_done, count, batch_size):
-                rows = range(begin, min(begin + batch_size, count))
-                column = images[begin : rows.stop][self.source.image_column]
-                pixels, used, found = zip(*threads.map(load, column, rows), strict=True)
-                bad = [image for some in found for image in some]
-                self.bad_images.add(bad)
-                write(self._encoded(np.stack(pixels), used, vae).serialize(), len(rows), bad)
-                progress.update(len(rows))
-            write(END_OF_STREAM)
-        self.file.replace(self.folder / LATENTS_FILE)
-
-    def _encoded(self, pixels: npt.NDArray[np.uint8], rows: Sequence[int], vae: "AutoencoderKL") -> pa.RecordBatch:
-        """Moments of images (B, R, R, 3) and the labels of their rows."""
-        encoded = encode_moments(pixels, vae, flipped="moments_flipped" in self.columns)
-        if not all(np.isfinite(values).all() for values in encoded):
-            raise InputError(f"The VAE ({vae.dtype}) yields NaN or infinity on rows {rows[0]} to {rows[-1]}.")
-        flat = [pa.array(values.reshape(-1)) for values in encoded]
-        lists = [pa.FixedSizeListArray.from_arrays(values, self.num_values) for values in flat]
-        labels = pa.array(self.source.labels[list(rows)])
-        return pa.RecordBatch.from_arrays([*lists, labels], schema=self.schema)
+def _tell_of_another(folder: Path, header: CacheHeader) -> None:
+    """Says, before encoding, of which one thing a cache beside this one is different: it may have been meant."""
+    for file in folder.parent.glob(f"*/{HEADER_FILE}"):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            differences = header.differences(CacheHeader.from_json(file.read_text(encoding="utf-8")))
+            if len(names := [name for name in _TOLD if name in differences]) == 1:
+                told = _TOLD[names[0]].format(differences[names[0]])
+                logger.warning("The latents in '%s' are of another %s; encoding.", file.parent, told)
+                return

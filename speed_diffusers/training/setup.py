@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.bad_images import BadImages
 from ..data.batch_sampler import BatchOrder
-from ..data.images import ImageDataset, collate
+from ..data.images import ImageDataset, ImageSource, collate
 from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
 from ..data.workers import end_with_parent
 from ..generation.export import embedding_row_names
@@ -234,18 +236,39 @@ def worker_context() -> str:
 
 
 def make_dataset(inputs: Inputs, bad_images: BadImages) -> LatentDataset | ImageDataset:
-    """Cached latents, or images where the cache is off; a lock lets one process of each machine fill the cache.
+    """Cached latents, which all processes encode together, or images where the cache is off.
 
-    Not by a barrier between processes: encoding a large set takes longer than a process group waits.
+    Without a barrier between processes: encoding a large set takes longer than a process group waits.
     """
     config, accelerator = inputs.config, inputs.accelerator
     if not config.cache_latents:
         inputs.vae.to(accelerator.device)
         return ImageDataset(inputs.source, resolution=config.resolution, center_crop=config.center_crop)
-    return cache_latents(
+    return cached_latents(
+        config,
+        accelerator,
         inputs.source,
         inputs.vae,
         vae_fingerprint=inputs.identity["vae_fingerprint"],
+        bad_images=bad_images,
+    )
+
+
+def cached_latents(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    source: ImageSource,
+    vae: AutoencoderKL,
+    *,
+    vae_fingerprint: str,
+    bad_images: BadImages,
+    verify: bool = False,
+) -> LatentDataset:
+    """The latents that a run's options ask for; see `cache_latents`."""
+    return cache_latents(
+        source,
+        vae,
+        vae_fingerprint=vae_fingerprint,
         resolution=config.resolution,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
@@ -253,6 +276,9 @@ def make_dataset(inputs: Inputs, bad_images: BadImages) -> LatentDataset | Image
         device=accelerator.device,
         cache_dir=config.cache_dir,
         bad_images=bad_images,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        verify=verify,
     )
 
 

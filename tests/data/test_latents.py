@@ -2,12 +2,9 @@
 
 import errno
 import json
-import os
+import logging
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,43 +16,18 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from speed_diffusers.data import latents_shard
 from speed_diffusers.data.bad_images import BadImages
 from speed_diffusers.data.images import ImageSource, collate, from_dataset
 from speed_diffusers.data.latents import (
     CACHE_FOLDER,
-    PARTS_FILE,
     LatentDataset,
-    cache_latents,
     check_resolution,
     sample_latents,
     vae_fingerprint,
 )
 from speed_diffusers.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[2]
-SIZE = 16
-COUNT = 40
-
-
-def tiny_vae(seed: int = 0) -> AutoencoderKL:
-    """An untrained autoencoder, 16 x 16 pixels to 4 x 4 latents of 4 channels."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    return vae.eval().requires_grad_(False)
-
-
-def tiny_dataset(count: int = COUNT) -> datasets.Dataset:
-    """Noise images in memory with labels 0, 1, 2, 0, ..."""
-    values = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["bag", "coat", "shoe"]))
-    columns = {"image": list(values), "label": [row % 3 for row in range(count)]}
-    return datasets.Dataset.from_dict(columns, features=features)
+from tiny_latents import COUNT, SIZE, cache, count_encodings, shards_in, tiny_dataset, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -70,37 +42,16 @@ def source() -> ImageSource:
     return from_dataset(tiny_dataset())
 
 
-def cache(source: ImageSource, vae: AutoencoderKL, cache_dir: Path, **changes: object) -> LatentDataset:
-    """`cache_latents` with the settings of most tests."""
-    settings: dict[str, object] = {
-        "vae_fingerprint": vae_fingerprint(vae),
-        "resolution": SIZE,
-        "center_crop": True,
-        "random_flip": True,
-        "batch_size": 16,
-        "device": torch.device("cpu"),
-        "cache_dir": str(cache_dir),
-    }
-    return cache_latents(source, vae, **(settings | changes))
-
-
 @pytest.fixture(scope="module")
 def cached(source: ImageSource, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     """The cache of `source` and `vae`."""
     return cache(source, vae, tmp_path_factory.mktemp("latents"))
 
 
-def count_encodings(vae: AutoencoderKL) -> list[int]:
-    """A list that grows by the batch size at every call of the encoder."""
-    calls: list[int] = []
-    vae.encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    return calls
-
-
-def files_in(cache_dir: Path) -> list[str]:
-    """Names of the files under the cache's folder, without the locks and the checksums."""
-    beside = ("lock", PARTS_FILE)
-    return sorted(file.name for file in cache_dir.rglob("*") if file.is_file() and file.name not in beside)
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 16 rows: three for the images of most tests."""
+    monkeypatch.setattr(latents_shard, "MIN_SHARD_ROWS", 16)
 
 
 # What is stored
@@ -205,7 +156,7 @@ def test_second_run_encodes_nothing(source: ImageSource, tmp_path: Path) -> None
     second = cache(source, vae, tmp_path, batch_size=7)
     assert sum(calls) == 2 * COUNT
     assert torch.equal(first.__getitems__([0, 39])["moments"], second.__getitems__([0, 39])["moments"])
-    assert files_in(tmp_path) == ["latents.arrow"]
+    assert shards_in(tmp_path) == ["shard-00000.safetensors"]
 
 
 def test_anything_that_changes_the_latents_makes_a_new_cache(
@@ -222,10 +173,31 @@ def test_anything_that_changes_the_latents_makes_a_new_cache(
         cache(relabelled, vae, tmp_path),
         cache(shorter, vae, tmp_path),
     ]
-    assert len(files_in(tmp_path)) == len(variants)
+    assert len(shards_in(tmp_path)) == len(variants)
     assert [len(variant) for variant in variants] == [COUNT] * 6 + [30]
     assert variants[1].__getitems__([0])["moments"].shape == (1, 8, 2, 2)
     assert variants[5].__getitems__([1, 2])["labels"].tolist() == [0, 0]
+
+
+def test_a_cache_that_differs_in_one_thing_is_named_in_one_line(
+    source: ImageSource, vae: AutoencoderKL, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    first = cache(source, vae, tmp_path)
+    assert caplog.messages == []
+    expected = {
+        "resolution": ({"resolution": 8}, "another resolution (16, not 8)"),
+        "crop": ({"center_crop": False}, "another crop rule (center_crop True, not False)"),
+        "flip": ({"random_flip": False}, "another flip (random_flip True, not False)"),
+        "vae": ({"vae_fingerprint": "other"}, f"another VAE (hash {vae_fingerprint(vae)}, not other)"),
+    }
+    for name, (changes, words) in expected.items():
+        caplog.clear()
+        cache_dir = tmp_path / name
+        shutil.copytree(tmp_path / CACHE_FOLDER, cache_dir / CACHE_FOLDER)
+        cache(source, vae, cache_dir, **changes)
+        folder = cache_dir / CACHE_FOLDER / first.folder.name
+        assert caplog.messages == [f"The latents in '{folder}' are of {words}; encoding."]
 
 
 def test_fingerprint_is_that_of_configuration_and_weights(vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -259,32 +231,7 @@ def test_images_may_lie_in_memory_on_disk_or_in_parquet(
 # What can go wrong
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other rows", "empty", "flipped byte", "header", "label"])
-def test_damaged_cache_is_made_again(damage: str, source: ImageSource, vae: AutoencoderKL, tmp_path: Path) -> None:
-    whole = cache(source, vae, tmp_path).__getitems__([COUNT - 1])
-    (file,) = tmp_path.rglob("latents.arrow")
-    content = file.read_bytes()
-    file.unlink()  # the reader above keeps its memory map
-    if damage == "other rows":
-        datasets.Dataset.from_dict({"label": [1, 2]}).map(lambda row: row, cache_file_name=str(file))
-    else:
-        changed = bytearray(content[: len(content) // 2] if damage == "truncated" else content)
-        if damage == "empty":
-            changed.clear()
-        elif damage == "flipped byte":
-            changed[len(content) // 2] ^= 1
-        elif damage == "header":
-            changed[content.index(b"info")] ^= 1
-        elif damage == "label":
-            # As a file without checksums has it, whose bytes alone tell nothing.
-            labels = np.array([row % 3 for row in range(32, COUNT)]).tobytes()
-            changed[content.index(labels)] = 77
-            (file.parent / PARTS_FILE).unlink()
-        file.write_bytes(changed)
-    again = cache(source, vae, tmp_path).__getitems__([COUNT - 1])
-    assert torch.equal(again["moments"], whole["moments"])
-
-
+@pytest.mark.usefixtures("small_shards")
 def test_two_runs_at_once_do_the_work_once(source: ImageSource, tmp_path: Path) -> None:
     vae = tiny_vae()
     calls = count_encodings(vae)
@@ -292,47 +239,6 @@ def test_two_runs_at_once_do_the_work_once(source: ImageSource, tmp_path: Path) 
         first, second = runs.map(lambda _: cache(source, vae, tmp_path), range(2))
     assert sum(calls) == 2 * COUNT
     assert torch.equal(first.__getitems__([0, 39])["moments"], second.__getitems__([0, 39])["moments"])
-
-
-# Encodes two batches, says so, and stops inside the third.
-STUCK_RUN = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_latents import cache, from_dataset, tiny_dataset, tiny_vae
-calls = []
-def stop(module, inputs, output):
-    calls.append(1)
-    if len(calls) == 5:
-        print("stuck", flush=True)
-        time.sleep(600)
-vae = tiny_vae()
-vae.encoder.register_forward_hook(stop)
-cache(from_dataset(tiny_dataset()), vae, Path({cache_dir!r}))
-"""
-
-
-@pytest.mark.slow
-def test_killed_run_leaves_nothing_that_is_taken_for_whole(
-    source: ImageSource, vae: AutoencoderKL, cached: LatentDataset, tmp_path: Path
-) -> None:
-    code = STUCK_RUN.format(tests=str(Path(__file__).parent), root=str(ROOT), cache_dir=str(tmp_path))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == b"stuck\n"
-        assert [name[:3] for name in files_in(tmp_path)] == ["tmp"]
-        # A second run starts now, waits, and takes over when the first is killed.
-        with ThreadPoolExecutor(1) as runs:
-            second = runs.submit(cache, source, vae, tmp_path)
-            time.sleep(0.3)
-            assert not second.done()
-            run.send_signal(signal.SIGKILL)
-            latents = second.result(timeout=60)
-    assert files_in(tmp_path) == ["latents.arrow"]
-    rows = list(range(COUNT))
-    assert torch.equal(latents.__getitems__(rows)["moments"], cached.__getitems__(rows)["moments"])
 
 
 def damaged_source(*bad_rows: int) -> ImageSource:
@@ -358,6 +264,7 @@ def test_the_next_good_image_and_its_label_are_stored_for_a_bad_one(
         torch.testing.assert_close(found["moments"], whole["moments"], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.usefixtures("small_shards")
 def test_too_many_bad_images_stop_with_the_list_and_lose_nothing(tmp_path: Path) -> None:
     vae, source = tiny_vae(), damaged_source(20, 38)
     calls = count_encodings(vae)
@@ -373,27 +280,25 @@ def test_too_many_bad_images_stop_with_the_list_and_lose_nothing(tmp_path: Path)
     assert all(line["reason"].startswith(reason) for line in lines)
     assert calls == [16, 16, 16, 16]
     cache(source, vae, tmp_path, bad_images=BadImages(COUNT, 0.05, listed))
-    assert calls[4:] == [8, 8], "only what was not encoded before"
+    assert calls[4:] == [8, 8], "only the shard that was not finished"
     with pytest.raises(InputError, match="max_bad_images=0 allows"):
         cache(source, vae, tmp_path, bad_images=BadImages(COUNT, 0))
 
 
-def test_cache_of_version_0_1_stays_valid_and_gets_checksums(source: ImageSource, tmp_path: Path) -> None:
-    vae = tiny_vae()
-    whole = cache(source, vae, tmp_path)
-    (parts,) = tmp_path.rglob(PARTS_FILE)
-    parts.unlink()
-    calls = count_encodings(vae)
+def test_cache_in_one_file_is_encoded_again_with_a_line(
+    source: ImageSource, vae: AutoencoderKL, cached: LatentDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / CACHE_FOLDER / cached.folder.name
+    folder.mkdir(parents=True)
+    for name in ("latents.arrow", "parts.jsonl", "lock"):
+        (folder / name).write_bytes(b"of an earlier version")
     again = cache(source, vae, tmp_path)
-    assert not calls
-    assert torch.equal(again.__getitems__([0, 39])["moments"], whole.__getitems__([0, 39])["moments"])
-    (file,) = tmp_path.rglob("latents.arrow")
-    content = bytearray(file.read_bytes())
-    content[-500] ^= 1
-    file.unlink()
-    file.write_bytes(content)
-    assert torch.equal(cache(source, vae, tmp_path).__getitems__([39])["moments"], whole.__getitems__([39])["moments"])
-    assert sum(calls) == 2 * COUNT
+    (line,) = caplog.messages
+    assert line == f"'{folder / 'latents.arrow'}' is of an earlier version, which kept latents in one file; " + (
+        "they are encoded again."
+    )
+    assert shards_in(tmp_path) == ["shard-00000.safetensors"]
+    assert torch.equal(again.__getitems__([0, 39])["moments"], cached.__getitems__([0, 39])["moments"])
 
 
 def test_finished_cache_may_lie_on_a_read_only_disk(
@@ -409,10 +314,7 @@ def test_finished_cache_may_lie_on_a_read_only_disk(
 
     monkeypatch.setattr(Path, "open", read_only)
     monkeypatch.setattr(Path, "mkdir", None)
-    assert len(cache(source, vae, tmp_path)) == COUNT
-    (parts,) = tmp_path.rglob(PARTS_FILE)
-    parts.unlink()  # as version 0.1 left it
-    assert len(cache(source, vae, tmp_path)) == COUNT
+    assert cache(source, vae, tmp_path)[COUNT - 1]["moments"].shape == (8, 4, 4)
 
 
 def test_vae_that_yields_nan_is_told(source: ImageSource, tmp_path: Path) -> None:
@@ -431,10 +333,10 @@ def test_place_that_cannot_hold_the_cache_is_told(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
-        InputError, match=r"The latents need 0.0 GB in .*, where 0.0 GB are free. Give another cache_dir"
+        InputError, match=r"The latents need 21,120 bytes in .*, where 1,000 are free. Give another cache_dir"
     ):
         cache(source, vae, tmp_path)
-    assert files_in(tmp_path / CACHE_FOLDER) == []
+    assert shards_in(tmp_path / CACHE_FOLDER) == []
 
 
 @pytest.mark.parametrize(("resolution", "nearest"), [(18, "16 or 20"), (257, "256 or 260"), (3, "4"), (0, "4")])

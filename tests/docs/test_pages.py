@@ -48,6 +48,7 @@ LEAVES = {
     "make_reference_statistics": "reference/reference_features.safetensors",
     "evaluate": "**/scores/**/*.json",
     "generate_samples": "samples/generated.json",
+    "cache_latents": "cache/speed_diffusers_latents/*/shard-00000.safetensors",
 }
 """What a script writes where no output= says otherwise."""
 
@@ -235,11 +236,11 @@ def read_options(module: ModuleType, options: list[str]) -> None:
 
 def in_small(name: str, options: list[str], tiny_vae: Path) -> list[str]:
     """The options of a command, with what takes long or needs the network replaced by something small."""
-    if name in ("train_dit_speed", "profile_training"):
+    if name in ("train_dit_speed", "profile_training", "cache_latents"):
         small = [*TINY_RUN, "cache_dir=cache"]
         if name == "profile_training":
             small += ["profile_steps=2", "profile_warmup_steps=1"]
-        else:
+        elif name == "train_dit_speed":
             small.append("dry_run=true")
         if any(option.startswith("config=imagenet_256") for option in options):
             small += ["dataset_name=None", "train_data_dir=path/to/images", "model=DiT-tiny/2"]
