@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,7 @@ def cache_latents(
     rank: int = 0,
     num_processes: int = 1,
     verify: bool = False,
+    on_progress: Callable[[], object] | None = None,
 ) -> LatentDataset:
     """Encodes all images, or finds them encoded by an earlier run.
 
@@ -185,6 +187,7 @@ def cache_latents(
         num_processes: How many processes call this, for where each begins.
         verify: Verify every row of what is there already. Otherwise that is done for caches of up to 1 GiB; of larger
             ones only the shards' headers are verified here, and each row when it is read.
+        on_progress: Called again and again while something is encoded, here or by the processes waited for.
 
     Raises:
         InputError: If more images than `bad_images` allows cannot be read, the resolution does not fit, the VAE
@@ -218,7 +221,9 @@ def cache_latents(
             folder.mkdir(parents=True, exist_ok=True)
             write_header(folder, header)
         if wrong:
-            encoding = Encoding(folder, header, source, vae, batch_size, num_threads, bad_images, rank, num_processes)
+            encoding = Encoding(
+                folder, header, source, vae, batch_size, num_threads, bad_images, rank, num_processes, on_progress
+            )
             encoding.remove_damaged({index: reason for index, reason in wrong.items() if reason})
             encoding.make_room([*wrong])
             cast(Any, vae).to(device)

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,6 +125,7 @@ class Encoding:
         bad_images: Takes in those that cannot be read.
         rank: Number of this process; 0 shows the progress.
         num_processes: How many there are.
+        on_progress: Called again and again.
     """
 
     folder: Path
@@ -136,6 +137,7 @@ class Encoding:
     bad_images: BadImages
     rank: int
     num_processes: int
+    on_progress: Callable[[], object] | None = None
 
     def remove_damaged(self, damaged: dict[int, str]) -> None:
         """Removes shards that were found damaged, unless another process has replaced them, and names each."""
@@ -309,9 +311,11 @@ class _Progress:
 
     def look(self) -> None:
         """Brings the bar to what there is."""
+        if self.encoding.on_progress is not None:
+            self.encoding.on_progress()
+        self.looked = time.monotonic()
         if self.bar.disable:
             return
-        self.looked = time.monotonic()
         there = {path.name for path in self.encoding.folder.glob(SHARDS)}
         header = self.encoding.header
         finished = sum(len(header.rows_of(index)) for index in self.missing if shard_name(index) in there)

@@ -86,6 +86,10 @@ class Ranks:
         self._place = Place(self._place.number + 1, step, part)
         self._since = time.monotonic()
 
+    def gets_on(self) -> None:
+        """Notes that this rank does not stand still, though it comes to no new place."""
+        self._since = time.monotonic()
+
     def meet(self) -> None:
         """Waits for all ranks, however long one of them works alone: in a collective they would time out.
 

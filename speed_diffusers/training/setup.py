@@ -130,7 +130,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
     config, accelerator, layout = inputs.config, inputs.accelerator, inputs.layout
     ranks = Ranks.of(accelerator, config.ddp_timeout)
     bad_images = BadImages(len(inputs.source), config.max_bad_images, Path(config.output_dir) / BAD_IMAGES_FILE)
-    dataset = make_dataset(inputs, bad_images)
+    dataset = make_dataset(inputs, bad_images, ranks)
     # Machines with caches of their own take their own time.
     ranks.meet()
     optimizer = make_optimizer(config, inputs.core, accelerator.device)
@@ -235,7 +235,7 @@ def worker_context() -> str:
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def make_dataset(inputs: Inputs, bad_images: BadImages) -> LatentDataset | ImageDataset:
+def make_dataset(inputs: Inputs, bad_images: BadImages, ranks: Ranks) -> LatentDataset | ImageDataset:
     """Cached latents, which all processes encode together, or images where the cache is off.
 
     Without a barrier between processes: encoding a large set takes longer than a process group waits.
@@ -251,6 +251,7 @@ def make_dataset(inputs: Inputs, bad_images: BadImages) -> LatentDataset | Image
         inputs.vae,
         vae_fingerprint=inputs.identity["vae_fingerprint"],
         bad_images=bad_images,
+        on_progress=ranks.gets_on,
     )
 
 
@@ -263,6 +264,7 @@ def cached_latents(
     vae_fingerprint: str,
     bad_images: BadImages,
     verify: bool = False,
+    on_progress: Callable[[], object] | None = None,
 ) -> LatentDataset:
     """The latents that a run's options ask for; see `cache_latents`."""
     return cache_latents(
@@ -279,6 +281,7 @@ def cached_latents(
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         verify=verify,
+        on_progress=on_progress,
     )
 
 

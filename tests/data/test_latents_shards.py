@@ -399,5 +399,7 @@ def test_progress_counts_the_rows_of_all_processes(
     assert "Caching latents:  40%" in shown and "16/40" in shown, "the two shards that are there"
     assert "40/40" in shown and "image/s" in shown
     (folder / SHARDS[0]).unlink()
-    make(rank=1, num_processes=2)
+    told: list[None] = []
+    make(rank=1, num_processes=2, on_progress=lambda: told.append(None))
+    assert told
     assert "Caching" not in capsys.readouterr().err, "only process 0 shows it"

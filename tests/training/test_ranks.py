@@ -64,6 +64,18 @@ def test_the_rank_that_is_behind_is_named_once_and_by_one_rank(clock: Clock) -> 
     assert [each.warning() for each in ranks] == [None, None, None], "it goes on"
 
 
+def test_long_work_in_which_all_get_on_is_no_standstill(clock: Clock) -> None:
+    ranks = three_ranks()
+    for clock.now in (30.0, 60.0, 90.0):
+        for each in ranks:
+            each.gets_on()
+    clock.now = 129.0
+    assert [each.warning() for each in ranks] == [None, None, None]
+    clock.now = 131.0
+    warning = ranks[0].warning()
+    assert warning is not None and warning.startswith("All ranks stand still at step 0 (start) for 41 s")
+
+
 def test_a_rank_that_is_not_heard_of_is_named_by_the_next(clock: Clock) -> None:
     ranks = three_ranks(silent=0)
     for each in ranks:
