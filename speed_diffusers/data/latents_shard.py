@@ -223,6 +223,17 @@ def _shard_checksum(about: dict[str, Any], labels: npt.NDArray[np.int64], checks
     return zlib.crc32(checksums.tobytes(), zlib.crc32(labels.tobytes(), zlib.crc32(text)))
 
 
+def _read_at(file: int, buffer: npt.NDArray[np.uint8], position: int) -> int:
+    """Reads into a buffer, as much as comes, and returns how much that was."""
+    if HAS_PREADV:
+        # At a position: forked workers of a DataLoader share the descriptor, and with it its current position.
+        return os.preadv(file, [buffer.data], position)
+    os.lseek(file, position, os.SEEK_SET)
+    content = os.read(file, buffer.nbytes)
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    return len(content)
+
+
 class Shard:
     """A shard to read from, with its labels and checksums; they were found whole, and those of its rows can be.
 
@@ -325,17 +336,13 @@ class Shard:
                 raise self.damaged(f"row {self.rows[first + int(wrong[0])]} does not match its checksum")
 
     def _fill(self, buffer: npt.NDArray[np.uint8], position: int) -> None:
-        file = self.open()
-        # At a position: forked workers of a DataLoader share the descriptor and with it a current position.
-        done = os.preadv(file, [buffer.data], position) if HAS_PREADV else 0
+        file, done = self.open(), 0
         while done < buffer.nbytes:
-            if HAS_PREADV:
-                count = os.preadv(file, [buffer[done:].data], position + done)
-            else:
-                os.lseek(file, position + done, os.SEEK_SET)
-                content = os.read(file, buffer.nbytes - done)
-                count = len(content)
-                buffer[done : done + count] = np.frombuffer(content, np.uint8)
+            try:
+                count = _read_at(file, buffer[done:] if done else buffer, position + done)
+            except OSError as error:
+                # The disk or the share failed, which says nothing of the shard.
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             if not count:
                 raise self.damaged("the file ends too early")
             done += count

@@ -1,5 +1,6 @@
 """Shards of the latent cache: the same whoever encodes them, killed or not, and each verified by itself."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -292,6 +293,24 @@ def test_large_cache_is_verified_row_by_row_as_it_is_read(
     assert len(caplog.messages) == 1
 
 
+def test_disk_that_fails_is_named_and_costs_no_shard(
+    make: Callable[..., LatentDataset], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = make()
+    latents.__getitems__([0])
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError, match=f"Input/output error: '{latents.folder / SHARDS[0]}'"):
+            latents.__getitems__([1])
+        with pytest.raises(InputError, match=r"Cannot keep latents in .*: .*Input/output error: '.*shard-0000"):
+            make()
+    assert contents(make().folder) == whole
+
+
 @pytest.mark.parametrize("positioned", [True, False])
 def test_forked_and_threaded_readers_do_not_disturb_one_another(
     positioned: bool, make: Callable[..., LatentDataset], monkeypatch: pytest.MonkeyPatch
@@ -366,7 +385,7 @@ def test_where_no_locks_are_the_shards_are_the_same(
             pass
 
         def acquire(self, timeout: float) -> None:
-            raise OSError(38, "Function not implemented")
+            raise OSError(errno.ENOSYS, "Function not implemented")
 
         def release(self) -> None:
             pass
