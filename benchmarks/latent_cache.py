@@ -2,16 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/latent_cache.py work_dir=/tmp/latent_cache
 
-Makes caches of random moments (8x8x8, 1,024 bytes an image) by the code that writes real ones, and reads random
-batches of both by turns in one process (A B B A), after every byte has been read once, so that the disk does not
-count. Each size's memory is that of a process of its own (proportional set size, with the processes of a DataLoader),
-before and after reading. Seeking is to open a cache and get the first batch at 90 % of an epoch. Start-up is what a
-training does before its first step, at ImageNet's size: open class folders of 1,281,167 files (hard links to one
-image) or a parquet file, make fingerprint and signature, look at every shard of a finished cache, and order an epoch.
-How long it takes to verify every byte is measured beside it.
+Makes caches of random moments by the code that writes real ones: 8x16x16, 4,096 bytes an image, a quarter of what
+ImageNet's at 256x256 take, so that a million fit into the system's file cache while ten thousand do not fit into the
+processor's. Reads batches of both by turns (A B B A) in one process, as the trainer does, after every byte has been
+read once, so that the disk does not count. Each size's memory is that of a process of its own (proportional set size,
+with the processes of a DataLoader), before and after reading. Seeking is to open a cache and get the first batch at
+90 % of an epoch. Start-up is what a training does before its first step, at ImageNet's size: open class folders of
+1,281,167 files (hard links to one image a class) or a parquet file, make fingerprint and signature, look at every
+shard of a finished cache, and order an epoch. How long it takes to verify every byte is measured beside it.
 
-Ten minutes, most of which makes the data; 3 GB of disk while it runs. Linux only. Results: result.json and
-latent_cache.png in latent_cache/ beside this file.
+Ten minutes, most of which makes the data; 5 GB of disk, and of memory for files, while it runs. Linux only. Results:
+result.json and latent_cache.png in latent_cache/ beside this file.
 """
 
 import json
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -45,7 +46,9 @@ from speed_diffusers.data.latents import LatentDataset
 from speed_diffusers.data.latents_encoding import survey, write_header
 from speed_diffusers.data.latents_shard import CacheHeader, rows_per_shard, write_shard
 
-SHAPE = (8, 8, 8)
+SMALL_SIDE = 4
+"""Of the latents in the start-up's cache, of which only headers are read."""
+
 GOALS = {"rate_ratio": 0.9, "memory_rise_mb": 150.0, "seek_seconds": 3.0, "start_up_seconds": 30.0}
 """Ratio at least, the others at most."""
 
@@ -61,6 +64,7 @@ class LatentCacheConfig(Options):
     small_rows: int = option(10_000, "Images of the small cache.", interval="[1, 10^7]")
     large_rows: int = option(1_000_000, "Images of the large cache.", interval="[1, 10^7]")
     start_up_rows: int = option(1_281_167, "Images of the start-up; ImageNet's.", interval="[1000, 10^7]")
+    side: int = option(16, "Side of the latents, of 4 channels.", interval="[1, 128]")
     batch_size: int = option(256, "Rows of a batch.", interval="[1, 10^5]")
     block_batches: int = option(100, "Batches of a block.", interval="[1, 10^5]")
     pairs: int = option(20, "Pairs of blocks, one of each cache.", interval="[1, 1000]")
@@ -81,8 +85,7 @@ def main(argv: list[str]) -> None:
         result = measure(settings, Path(folder))
     result["goals"] = GOALS
     result["protocol"] = {
-        "moments": "x".join(map(str, SHAPE)),
-        "bytes_per_row": int(2 * np.prod(SHAPE)),
+        "bytes_per_row": 2 * 8 * settings.side**2,
         **{name: value for name, value in vars(settings).items() if name not in ("work_dir", "results_dir")},
         "load_before": load,
     }
@@ -97,7 +100,7 @@ def main(argv: list[str]) -> None:
 def measure(settings: LatentCacheConfig, folder: Path) -> dict[str, Any]:
     """Everything, one after the other; data is removed as soon as it is not needed any more."""
     sizes = {"small": settings.small_rows, "large": settings.large_rows}
-    caches = {name: make_cache(folder / name, rows, settings.seed) for name, rows in sizes.items()}
+    caches = {name: make_cache(folder / name, rows, settings.side, settings.seed) for name, rows in sizes.items()}
     result: dict[str, Any] = {
         "rate": reading_rates(caches, settings),
         "memory": {name: memory_of(cache, settings) for name, cache in caches.items()},
@@ -110,34 +113,32 @@ def measure(settings: LatentCacheConfig, folder: Path) -> dict[str, Any]:
     return result
 
 
-def make_cache(folder: Path, num_rows: int, seed: int) -> Path:
-    """A finished cache of random moments."""
-    row_bytes = int(2 * np.prod(SHAPE))
-    header = CacheHeader("made", "none", 64, True, False, num_rows, SHAPE, rows_per_shard(num_rows, row_bytes))
+def make_cache(folder: Path, num_rows: int, side: int, seed: int) -> Path:
+    """A finished cache of random bytes as moments."""
+    shape = (8, side, side)
+    header = CacheHeader("made", "none", 8 * side, True, False, num_rows, shape, 0)
+    header = replace(header, rows_per_shard=rows_per_shard(num_rows, header.column_bytes))
     folder.mkdir(parents=True)
     write_header(folder, header)
     generator = np.random.default_rng(seed)
     for index in tqdm(range(header.num_shards), desc=f"{num_rows:,} rows", unit="shard"):
         count = len(header.rows_of(index))
-        moments = generator.standard_normal((count, *SHAPE), dtype=np.float32).astype(np.float16)
+        moments = generator.integers(0, 2**16, (count, *shape), dtype=np.uint16).view(np.float16)
         write_shard(folder, header, index, {"moments": moments}, generator.integers(0, 1000, count), [])
     return folder
 
 
 def reading_rates(caches: dict[str, Path], settings: LatentCacheConfig) -> dict[str, Any]:
-    """Rows per second of random batches: blocks of both caches by turns, and the ratios of neighbours."""
+    """Rows per second of the trainer's batches: blocks of both caches by turns, and the ratios of neighbours."""
     opened = {name: LatentDataset(folder) for name, folder in caches.items()}
-    generator = np.random.default_rng(settings.seed)
 
-    def block(name: str) -> float:
-        dataset = opened[name]
-        batches = [
-            generator.integers(0, len(dataset), settings.batch_size).tolist() for _ in range(settings.block_batches)
-        ]
+    def block(name: str, number: int) -> float:
+        first = number * (settings.block_batches + 1)
+        batches = iter(loader(opened[name], settings, first_step=first, steps=settings.block_batches + 1, workers=0))
+        next(batches)  # puts an epoch in order
         began = time.perf_counter()
-        for rows in batches:
-            dataset.__getitems__(rows)
-        return settings.block_batches * settings.batch_size / (time.perf_counter() - began)
+        count = sum(len(batch["labels"]) for batch in batches)
+        return count / (time.perf_counter() - began)
 
     for dataset in opened.values():
         # Every byte is in the system's cache and every shard has been opened.
@@ -146,9 +147,9 @@ def reading_rates(caches: dict[str, Path], settings: LatentCacheConfig) -> dict[
     rates: dict[str, list[float]] = {name: [] for name in caches}
     for pair in tqdm(range(settings.pairs), desc="Random batches", unit="pair"):
         for name in ("small", "large") if pair % 2 == 0 else ("large", "small"):
-            rates[name].append(block(name))
+            rates[name].append(block(name, pair))
     ratios = [large / small for large, small in zip(rates["large"], rates["small"], strict=True)]
-    draws = generator.choice(ratios, (2000, len(ratios)))
+    draws = np.random.default_rng(settings.seed).choice(ratios, (2000, len(ratios)))
     interval = np.quantile(np.median(draws, axis=1), (0.025, 0.975)).tolist()
     return {
         "rows_per_second": {name: median(values) for name, values in rates.items()},
@@ -180,8 +181,11 @@ def memory_of(folder: Path, settings: LatentCacheConfig) -> dict[str, float]:
     return {"alone": rise_mb(alone, settings), "with_workers": rise_mb(workers_read, settings)}
 
 
-def loader(dataset: LatentDataset, settings: LatentCacheConfig, *, first_step: int, steps: int) -> DataLoader[Any]:
+def loader(
+    dataset: LatentDataset, settings: LatentCacheConfig, *, first_step: int, steps: int, workers: int | None = None
+) -> DataLoader[Any]:
     """As the trainer's, with forked workers, which need no second to start."""
+    workers = settings.num_workers if workers is None else workers
     order = BatchOrder(
         len(dataset),
         BatchLayout(settings.batch_size),
@@ -193,8 +197,8 @@ def loader(dataset: LatentDataset, settings: LatentCacheConfig, *, first_step: i
         dataset,
         batch_sampler=order,
         collate_fn=collate,
-        num_workers=settings.num_workers,
-        multiprocessing_context="fork",
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
     )
 
 
@@ -250,7 +254,7 @@ def start_up(folder: Path, settings: LatentCacheConfig) -> dict[str, Any]:
     """Seconds of the parts of a start, each the second time that it is done."""
     rows = settings.start_up_rows
     found: dict[str, Any] = {"images": rows}
-    cache = make_cache(folder / "cache", rows, settings.seed)
+    cache = make_cache(folder / "cache", rows, SMALL_SIDE, settings.seed)
     header = LatentDataset(cache).header
     common = {
         "look at shards": lambda: survey(cache, header, verify=False),

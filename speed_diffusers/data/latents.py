@@ -8,7 +8,8 @@ encodes them.
 import hashlib
 import json
 import logging
-from collections import OrderedDict
+import zlib
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from ..errors import InputError
 from .bad_images import BadImages
 from .images import ImageSource
 from .latents_encoding import VERIFIED_AT_ONCE, Encoding, survey, write_header
-from .latents_shard import HEADER_FILE, MAX_SHARDS, CacheHeader, DamagedShard, Shard, rows_per_shard
+from .latents_shard import HEADER_FILE, MAX_SHARDS, CacheHeader, DamagedShard, Shard, read_at, rows_per_shard
 from .moments import check_resolution, sample_latents, vae_factor, vae_fingerprint
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ CACHE_FOLDER = "speed_diffusers_latents"
 
 
 class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Cached moments and labels, read a whole batch at a time; of what was read nothing but checksums stays in memory.
+    """Cached moments and labels, read a whole batch at a time; of a row no more than 16 bytes stay in memory.
 
     Use it with a `batch_sampler` and `collate_fn=collate`; it travels to DataLoader workers as a path.
 
@@ -76,11 +78,26 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"'{file}' is damaged, or of another version; remove it and encode again.") from error
         self.shape = self.header.shape
+        self._forget()
+
+    def _forget(self) -> None:
+        """As it is before the first row is read."""
+        num_shards = self.header.num_shards
         self._shards: dict[int, Shard] = {}
-        self._open: OrderedDict[int, None] = OrderedDict()
+        # Numbers of their open files, -1 for none, and in which order they were opened.
+        self._files = [-1] * num_shards
+        self._opened: deque[int] = deque()
+        # Of all shards together: a row that is read then touches as little memory as in a cache of one shard.
+        self._begins = np.zeros((len(self.header.columns), num_shards), dtype=np.int64)
+        self._labels = np.empty(len(self), dtype=np.int64)
+        self._checksums = np.empty(len(self), dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}, "_open": OrderedDict()}
+        return {"folder": self.folder, "header": self.header, "shape": self.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __len__(self) -> int:
         return self.header.num_rows
@@ -102,44 +119,71 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         Raises:
             DamagedShard: A row does not match its checksum, or its shard is missing. The shard is removed if that is
                 possible, so that the next `cache_latents` encodes it, and it alone, again.
+            OSError: The disk or the share failed.
             IndexError: No such row.
         """
-        values = [np.empty((len(rows), self.header.column_bytes), dtype=np.uint8) for _ in self.header.columns]
-        labels = np.empty(len(rows), dtype=np.int64)
+        numbers = np.asarray(rows, dtype=np.int64)
+        if len(wrong := numbers[(numbers < 0) | (numbers >= len(self))]):
+            raise IndexError(f"Row {wrong[0]} of {len(self)}.")
+        indices, places = np.divmod(numbers, self.header.rows_per_shard)
+        for index in set(indices.tolist()) - self._shards.keys():
+            self._use(index, Shard(self.folder, self.header, index))
+        width = self.header.column_bytes
+        positions = (self._begins[:, indices] + places * width).T.tolist()
+        checksums = self._checksums[numbers].tolist()
+        values = np.empty((len(self.header.columns), len(rows), width), dtype=np.uint8)
         # In their order on the disk, so that a shard is opened once a batch at most.
-        for place in sorted(range(len(rows)), key=rows.__getitem__):
-            row = rows[place]
-            shard = self._shard(row)
+        for item in np.argsort(numbers, kind="stable").tolist():
+            index, crc32 = int(indices[item]), 0
+            file = self._files[index]
+            if file < 0:
+                file = self._open(index)
+            buffers = values[:, item]
             try:
-                shard.read_row(row, [column[place] for column in values])
-            except DamagedShard as error:
-                raise self._removed(shard, error) from error
-            labels[place] = shard.labels[row - shard.rows.start]
-        batch = {"labels": torch.from_numpy(labels)}
+                for buffer, position in zip(buffers, positions[item], strict=True):
+                    read_at(file, buffer, position)
+                    crc32 = zlib.crc32(buffer, crc32)
+            except OSError:
+                crc32 = -1
+            if crc32 != checksums[item]:
+                self._read_again(index, rows[item], buffers)
+        batch = {"labels": torch.from_numpy(self._labels[numbers])}
         for name, column in zip(self.header.columns, values, strict=True):
             batch[name] = torch.from_numpy(column.view(np.float16).reshape(-1, *self.shape))
         return batch
 
-    def _shard(self, row: int) -> Shard:
-        """The shard of a row, open. Of those that were used longest ago some are closed again."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"Row {row} of {len(self)}.")
-        index = row // self.header.rows_per_shard
-        if (shard := self._shards.get(index)) is None:
-            shard = self._shards[index] = Shard(self.folder, self.header, index)
-        self._open[index] = None
-        self._open.move_to_end(index)
-        if len(self._open) > MAX_SHARDS:
-            closed, _ = self._open.popitem(last=False)
-            self._shards[closed].close()
-        return shard
+    def _use(self, index: int, shard: Shard) -> None:
+        """Takes a shard that has just been opened."""
+        rows = slice(shard.rows.start, shard.rows.stop)
+        self._shards[index] = shard
+        self._begins[:, index] = shard.begins
+        self._labels[rows], self._checksums[rows] = shard.labels, shard.checksums
+        shard.close()
+        self._files[index] = -1
 
-    def _removed(self, shard: Shard, error: DamagedShard) -> DamagedShard:
-        """The error, with what to do; another process may have encoded the shard again meanwhile."""
-        with suppress(OSError):
-            if shard.is_file_of(shard.path):
-                shard.path.unlink()
-        return DamagedShard(f"{error} Start again: what is missing, and that alone, is encoded again.")
+    def _open(self, index: int) -> int:
+        """The descriptor of a shard's file; the file that was opened first is closed where there are too many."""
+        if len(self._opened) >= MAX_SHARDS:
+            first = self._opened.popleft()
+            self._shards[first].close()
+            self._files[first] = -1
+        self._opened.append(index)
+        self._files[index] = self._shards[index].open()
+        return self._files[index]
+
+    def _read_again(self, index: int, row: int, buffers: npt.NDArray[np.uint8]) -> None:
+        """Reads a row that did not come as it should from its file as it stands now: it may have been replaced."""
+        shard = Shard(self.folder, self.header, index)
+        try:
+            shard.read_row(row, buffers)
+        except DamagedShard as error:
+            with suppress(OSError):
+                if shard.is_file_of(shard.path):
+                    shard.path.unlink()
+            raise DamagedShard(f"{error} Start again: what is missing, and that alone, is encoded again.") from error
+        if index in self._opened:
+            self._opened.remove(index)
+        self._use(index, shard)
 
 
 def cache_latents(

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -223,7 +223,7 @@ def _shard_checksum(about: dict[str, Any], labels: npt.NDArray[np.int64], checks
     return zlib.crc32(checksums.tobytes(), zlib.crc32(labels.tobytes(), zlib.crc32(text)))
 
 
-def _read_at(file: int, buffer: npt.NDArray[np.uint8], position: int) -> int:
+def read_at(file: int, buffer: npt.NDArray[np.uint8], position: int) -> int:
     """Reads into a buffer, as much as comes, and returns how much that was."""
     if HAS_PREADV:
         # At a position: forked workers of a DataLoader share the descriptor, and with it its current position.
@@ -235,12 +235,14 @@ def _read_at(file: int, buffer: npt.NDArray[np.uint8], position: int) -> int:
 
 
 class Shard:
-    """A shard to read from, with its labels and checksums; they were found whole, and those of its rows can be.
+    """A shard to read from; all but its moments has been verified, and each row is when it is read.
 
     Attributes:
         path: Its file.
         rows: Its rows.
+        begins: Where in the file the moments begin, for each of the header's columns.
         labels: int64 (N,).
+        checksums: int64 (N,), CRC-32 of each row's moments.
         bad_images: Those that could not be read when it was made.
     """
 
@@ -281,12 +283,14 @@ class Shard:
 
     def close(self) -> None:
         """Gives the descriptor back; the next read opens the file again."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Python may have taken its modules down.
+        if self._file is not None:
+            close(self._file)
 
     def is_file_of(self, path: Path) -> bool:
         """Whether the file that is open still stands at a path."""
@@ -301,21 +305,22 @@ class Shard:
             f"'{self.path}' of the latent cache (rows {self.rows[0]:,} to {self.rows[-1]:,}): {reason}."
         )
 
-    def read_row(self, row: int, into: Sequence[npt.NDArray[np.uint8]]) -> None:
+    def read_row(self, row: int, into: npt.NDArray[np.uint8]) -> None:
         """Reads and verifies the moments of a row.
 
         Args:
             row: Row of the cache.
-            into: For each of the header's columns, uint8 (`column_bytes`,) to fill.
+            into: uint8 (columns, `column_bytes`) to fill.
 
         Raises:
             DamagedShard: The row does not match its checksum.
+            OSError: The disk failed.
         """
         position, crc32 = row - self.rows.start, 0
-        for begin, buffer in zip(self._begins, into, strict=True):
+        for begin, buffer in zip(self.begins, into, strict=True):
             self._fill(buffer, begin + position * buffer.nbytes)
-            crc32 = zlib.crc32(buffer, crc32)  # type: ignore[arg-type]
-        if crc32 != self._checksums[position]:
+            crc32 = zlib.crc32(buffer, crc32)
+        if crc32 != self.checksums[position]:
             raise self.damaged(f"row {row} does not match its checksum")
 
     def verify(self) -> None:
@@ -328,18 +333,18 @@ class Shard:
         for first in range(0, len(self.rows), ROWS_AT_ONCE):
             count = min(ROWS_AT_ONCE, len(self.rows) - first)
             found = np.zeros(count, dtype=np.int64)
-            for begin in self._begins:
+            for begin in self.begins:
                 buffer = np.empty(count * width, dtype=np.uint8)
                 self._fill(buffer, begin + first * width)
                 found = _row_checksums(buffer.reshape(count, width), found)
-            if len(wrong := np.flatnonzero(found != self._checksums[first : first + count])):
+            if len(wrong := np.flatnonzero(found != self.checksums[first : first + count])):
                 raise self.damaged(f"row {self.rows[first + int(wrong[0])]} does not match its checksum")
 
     def _fill(self, buffer: npt.NDArray[np.uint8], position: int) -> None:
         file, done = self.open(), 0
         while done < buffer.nbytes:
             try:
-                count = _read_at(file, buffer[done:] if done else buffer, position + done)
+                count = read_at(file, buffer[done:] if done else buffer, position + done)
             except OSError as error:
                 # The disk or the share failed, which says nothing of the shard.
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
@@ -384,8 +389,8 @@ class Shard:
             raise self.damaged("its header is damaged")
         if 8 + length + end != size:
             raise self.damaged(f"it has {size:,} bytes and should have {8 + length + end:,}")
-        self._begins = [begins[name] for name in header.columns]
+        self.begins = [begins[name] for name in header.columns]
         self.labels = self._array(begins["labels"], count)
-        self._checksums = self._array(begins["row_crc32"], count)
-        if crc32 != _shard_checksum(about, self.labels, self._checksums):
+        self.checksums = self._array(begins["row_crc32"], count)
+        if crc32 != _shard_checksum(about, self.labels, self.checksums):
             raise self.damaged("its header does not match its checksum")
