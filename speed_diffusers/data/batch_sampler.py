@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..randomness import keyed_seed
 
@@ -62,14 +63,18 @@ class BatchOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         epochs: dict[int, np.ndarray] = {}
+        for positions in self.positions():
+            current = np.unique(positions // self.num_images).tolist()
+            epochs = {epoch: epochs[epoch] if epoch in epochs else self.permutation(epoch) for epoch in current}
+            yield [int(epochs[p // self.num_images][p % self.num_images]) for p in positions.tolist()]
+
+    def positions(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Places of this process's images in the endless sequence, int64 (per_device,), micro-step by micro-step."""
         for step in range(self.first_step, self.max_steps):
             begin = step * self.layout.global_batch
             for micro_step in range(self.layout.accumulation):
                 span = self.layout.span(micro_step)
-                positions = np.arange(begin + span.start, begin + span.stop)
-                current = np.unique(positions // self.num_images).tolist()
-                epochs = {epoch: epochs[epoch] if epoch in epochs else self.permutation(epoch) for epoch in current}
-                yield [int(epochs[p // self.num_images][p % self.num_images]) for p in positions.tolist()]
+                yield np.arange(begin + span.start, begin + span.stop)
 
     def __len__(self) -> int:
         return (self.max_steps - self.first_step) * self.layout.accumulation

@@ -4,7 +4,8 @@ Everything a user can have got wrong is checked here, before the first training 
 """
 
 import hashlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,41 +36,47 @@ FIRST_IMAGES = 8
 """If none of the first so many rows can be read, the column is taken to hold no images."""
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSource:
-    """A set of images with class ids, checked."""
+class ImageRows(ABC):
+    """Rows with an image and a class each, wherever they lie and in whatever order they are read."""
 
-    dataset: datasets.Dataset
-    """One row per image; the image column is undecoded ({"bytes", "path"}), for `load_image`."""
     image_column: str
-    label_column: str | None
-    """None: the set is used without classes."""
-    labels: npt.NDArray[np.int64]
-    """(N,): class id of each row, in 0..num_classes-1; all zero without classes."""
     label_names: list[str] | None
     """Name of each class id ("0", "1", ... where the data has integers only); None without classes."""
-    fingerprint: str
-    """Changes whenever the images, their order or their labels change (for files on disk: path, size or time)."""
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...]
     """What lies beside the images and is not read: a line for each reason, with how much it is."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, row: int) -> dict[str, object] | None:
+        """The undecoded image of a row, {"bytes", "path"}."""
+
+    @abstractmethod
+    def labels_of(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Class ids of rows, (len(rows),); all zero without classes."""
+
+    @abstractmethod
+    def spread(self, count: int) -> list[int]:
+        """At most so many rows, ascending, spread over all."""
+
+    @abstractmethod
+    def signature(self, earlier: str | None = None) -> str:
+        """What a resumed run holds against its checkpoint; the same for the same data on another disk.
+
+        Args:
+            earlier: The checkpoint's signature, whose rule is taken where there are several.
+        """
+
+    @property
+    def description(self) -> str:
+        """Where the images come from, if that is more than a folder; for the plan of a run."""
+        return ""
 
     @property
     def num_classes(self) -> int:
         """Number of classes in the whole data, 0 without classes."""
         return len(self.label_names or ())
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def signature(self, earlier: str | None = None) -> str:
-        """What a resumed run holds against its checkpoint; see `data_signature`.
-
-        `fingerprint` changes when a set is copied to another disk, and this does not.
-
-        Args:
-            earlier: The checkpoint's signature, whose rule is taken.
-        """
-        return data_signature(self.dataset, self.image_column, self.labels, self.label_names, earlier=earlier)
 
     def load(self, row: int, resolution: int, center_crop: bool = True) -> npt.NDArray[np.uint8]:
         """Decodes row `row` to uint8 (resolution, resolution, 3); see `load_image`.
@@ -77,7 +84,7 @@ class ImageSource:
         Raises:
             UnreadableImage: If the image is missing or damaged; the message gives the row.
         """
-        return self.decode(self.dataset[row][self.image_column], row, resolution, center_crop)
+        return self.decode(self.image(row), row, resolution, center_crop)
 
     def load_or_next(
         self, row: int, resolution: int, center_crop: bool = True
@@ -111,6 +118,49 @@ class ImageSource:
     ) -> npt.NDArray[np.uint8]:
         """As `load`, for an image column's value that has been read already."""
         return load_image(image or {}, resolution, center_crop, name=f"the image of row {row}")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource(ImageRows):
+    """A set of images with class ids, checked."""
+
+    dataset: datasets.Dataset
+    """One row per image; the image column is undecoded ({"bytes", "path"}), for `load_image`."""
+    image_column: str
+    label_column: str | None
+    """None: the set is used without classes."""
+    labels: npt.NDArray[np.int64]
+    """(N,): class id of each row, in 0..num_classes-1; all zero without classes."""
+    label_names: list[str] | None
+    fingerprint: str
+    """Changes whenever the images, their order or their labels change (for files on disk: path, size or time)."""
+    ignored: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, row: int) -> dict[str, object] | None:
+        """The undecoded image of a row, {"bytes", "path"}."""
+        return cast(dict[str, object] | None, self.dataset[row][self.image_column])
+
+    def labels_of(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Class ids of rows, (len(rows),); all zero without classes."""
+        return self.labels[list(rows)]
+
+    def spread(self, count: int) -> list[int]:
+        """At most so many rows, evenly spaced."""
+        rows: list[int] = np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int).tolist()
+        return rows
+
+    def signature(self, earlier: str | None = None) -> str:
+        """What a resumed run holds against its checkpoint; see `data_signature`.
+
+        `fingerprint` changes when a set is copied to another disk, and this does not.
+
+        Args:
+            earlier: The checkpoint's signature, whose rule is taken.
+        """
+        return data_signature(self.dataset, self.image_column, self.labels, self.label_names, earlier=earlier)
 
 
 def open_images(
@@ -203,7 +253,7 @@ def from_dataset(
         label_names=names,
         fingerprint=key.hexdigest()[:32],
     )
-    _check_first(source)
+    check_first(source)
     return source
 
 
@@ -217,7 +267,7 @@ def _share(num_rows: int, limit: int | None, first: bool) -> npt.NDArray[np.int6
     return np.sort(shuffled[:limit])
 
 
-def _check_first(source: ImageSource) -> None:
+def check_first(source: ImageRows) -> None:
     """Text or bytes that are no images show now instead of at the first step; one bad image among others may pass."""
     errors = []
     for row in range(min(FIRST_IMAGES, len(source))):
@@ -231,24 +281,28 @@ def _check_first(source: ImageSource) -> None:
 
 def _undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
     """The data set with its image column as {"bytes", "path"}, so that `load_image` can say which image is damaged."""
-    if image_column not in dataset.column_names:
-        raise unknown_name("image column", image_column, dataset.column_names)
-    feature = dataset.features[image_column]
+    check_image_column(dataset.features, image_column)
+    return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def check_image_column(features: datasets.Features, image_column: str) -> None:
+    """Checks that a column may hold images.
+
+    Raises:
+        InputError: It is missing or holds something else.
+    """
+    if image_column not in features:
+        raise unknown_name("image column", image_column, features)
+    feature = features[image_column]
     encoded = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
     parts = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not (isinstance(feature, datasets.Image) or encoded or parts):
-        raise InputError(
-            f"The image column '{image_column}' holds {_kind(feature)}, not images. Columns: {_columns(dataset)}."
-        )
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+        columns = ", ".join(f"{name} ({_kind(each)})" for name, each in features.items())
+        raise InputError(f"The image column '{image_column}' holds {_kind(feature)}, not images. Columns: {columns}.")
 
 
 def _kind(feature: object) -> str:
     return str(getattr(feature, "dtype", type(feature).__name__))
-
-
-def _columns(dataset: datasets.Dataset) -> str:
-    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in dataset.features.items())
 
 
 class ImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -282,13 +336,21 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         images, used, bad = zip(
             *(self.source.load_or_next(row, self.resolution, self.center_crop) for row in rows), strict=True
         )
-        pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        bad_rows = torch.tensor([image.row for found in bad for image in found], dtype=torch.int64)
-        labels = torch.from_numpy(self.source.labels[list(used)])
-        return {"pixel_values": pixel_values, "labels": labels, BAD_ROWS: bad_rows}
+        return as_batch(images, self.source.labels_of(used), [image.row for found in bad for image in found])
 
 
-def note_bad_rows(batch: dict[str, Tensor], source: ImageSource, bad_images: BadImages) -> None:
+def as_batch(
+    images: Sequence[npt.NDArray[np.uint8]], labels: npt.NDArray[np.int64], bad_rows: list[int]
+) -> dict[str, Tensor]:
+    """Decoded images and their class ids as `ImageDataset` gives them, with the rows that could not be read."""
+    return {
+        "pixel_values": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        "labels": torch.from_numpy(labels),
+        BAD_ROWS: torch.tensor(bad_rows, dtype=torch.int64),
+    }
+
+
+def note_bad_rows(batch: dict[str, Tensor], source: ImageRows, bad_images: BadImages) -> None:
     """Takes "bad_rows" out of a batch of `ImageDataset` and adds their images; other batches have none.
 
     Raises:
@@ -299,7 +361,7 @@ def note_bad_rows(batch: dict[str, Tensor], source: ImageSource, bad_images: Bad
     bad_images.add(source.fault(row) for row in rows if row not in bad_images)
 
 
-def find_bad_images(source: ImageSource, num_threads: int = 8) -> Iterator[BadImage]:
+def find_bad_images(source: ImageRows, num_threads: int = 8) -> Iterator[BadImage]:
     """Decodes every image, with a progress bar, and gives those that cannot be read."""
 
     def is_good(row: int) -> bool:

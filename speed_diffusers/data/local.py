@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import file_sha256
 from .folders import SUPPORTED, load_images
 from .scan import Folder, Scan, check_names, number, scan, shown
+from .shards import ArrowShards, ParquetShards, Shards
 from .splits import (
     HELD_OUT,
     SPLIT_OF_WORD,
@@ -64,12 +65,57 @@ def _opener(path: Path, label_column: str | None, cache_dir: str | None) -> Call
         if path.suffix.lower() != ".parquet":
             raise InputError(f"'{shown(path)}' is a file but not *.parquet. Give one, or a folder with {SUPPORTED}.")
         return partial(_load_parquet, path, Scan([Folder((), parquet=[path.name])]), cache_dir)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
         return partial(_load_saved, path)
     found = scan(path)
     if any(folder.parquet for folder in found.folders):
         return partial(_load_parquet, path, found, cache_dir)
     return partial(load_images, path, found, label_column)
+
+
+def open_shards(path: Path, split: str | None) -> tuple[Shards, tuple[str, ...]]:
+    """What can be streamed of a folder or file, see `load_local`, and what lies beside it.
+
+    Args:
+        path: A folder of parquet files, one parquet file, or a folder written by `Dataset.save_to_disk`.
+        split: Which split, whole; None as for `load_local`.
+
+    Raises:
+        UnknownSplit: If the data does not have the split.
+        InputError: If there is nothing at `path`, or something that cannot be streamed.
+    """
+    if split is None:
+        for name in HELD_OUT:
+            with suppress(UnknownSplit):
+                return open_shards(path, name)
+        split = TRAIN
+    if is_saved(path):
+        saved = _load_saved(path, split)
+        return ArrowShards(saved.dataset), saved.ignored
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        found = Scan([Folder((), parquet=[path.name])])
+    elif not path.is_dir():
+        raise InputError(f"No such folder or parquet file: '{shown(path)}'.")
+    else:
+        found = scan(path)
+        if not any(folder.parquet for folder in found.folders):
+            raise InputError(
+                f"'{shown(path)}' has no parquet files. Folders of images are read in place, without a copy: "
+                "leave streaming out."
+            )
+    files, ignored = _parquet_files(path, found, split)
+    check_names([str(file) for file in files])
+    return ParquetShards([str(file) for file in files]), ignored
+
+
+def can_be_streamed(path: Path) -> bool:
+    """Whether `open_shards` takes a folder or file."""
+    return path.suffix.lower() == ".parquet" or is_saved(path) or any(path.rglob("*.parquet"))
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` has saved a set, or several splits, in a folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _load_saved(path: Path, split: str) -> LocalSplit:
@@ -84,6 +130,12 @@ def _load_saved(path: Path, split: str) -> LocalSplit:
 
 
 def _load_parquet(path: Path, found: Scan, cache_dir: str | None, split: str) -> LocalSplit:
+    files, ignored = _parquet_files(path, found, split)
+    return LocalSplit(_read_parquet(files, path, cache_dir), ignored)
+
+
+def _parquet_files(path: Path, found: Scan, split: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of a split, in the order of their names, and what lies beside them."""
     by_split: dict[str | None, list[Path]] = {}
     root = path if path.is_dir() else path.parent
     for folder in found.folders:
@@ -97,8 +149,7 @@ def _load_parquet(path: Path, found: Scan, cache_dir: str | None, split: str) ->
     ignored = other_splits({name: len(files) for name, files in by_split.items()}, chosen, "parquet file")
     if images := sum(len(folder.images) for folder in found.folders):
         ignored.append(f"beside parquet files: {number(images, 'image')}")
-    dataset = _read_parquet(sorted(by_split[chosen]), path, cache_dir)
-    return LocalSplit(dataset, (*ignored, *found.ignored()))
+    return sorted(by_split[chosen]), (*ignored, *found.ignored())
 
 
 def _split_of_parquet(folders: Sequence[str], name: str, split: str) -> str | None:

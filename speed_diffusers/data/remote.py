@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -12,10 +14,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
+from .shards import ParquetShards
 
 ALIASES = {"imagenet-1k": "ILSVRC/imagenet-1k"}
 """Short ids that the Hub redirects; the page with the terms exists under the full id."""
+
+CONVERTED = "refs/convert/parquet"
+"""The branch to which the Hub converts sets of other formats."""
 
 FILE_FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
 """Names that `load_dataset` takes for a format instead of an id."""
@@ -37,14 +43,57 @@ def load_remote(
         InputError: If the id is malformed or unknown, the data set gated, the Hub unreachable, or the configuration,
             revision or split does not exist.
     """
+    _check_name(name)
+    with _explaining(name):
+        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, revision=revision)
+
+
+def remote_shards(
+    name: str, config_name: str | None, *, split: str, cache_dir: str | None, revision: str | None
+) -> ParquetShards:
+    """Opens the parquet files of a split of a data set on the Hub, of which nothing but the footers is read.
+
+    Args:
+        name: Its id, "owner/name".
+        config_name: Its configuration, needed where it has several.
+        split: Name of the split.
+        cache_dir: Where `datasets` keeps what it knows of a data set; None for its default.
+        revision: Branch, tag or commit; None for the newest. Branches are followed up to their commit of now.
+
+    Raises:
+        InputError: As `load_remote`, or the data set has no parquet files.
+    """
+    _check_name(name)
+    with _explaining(name):
+        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
+        by_split = builder.config.data_files or {}
+        if split not in by_split:
+            raise unknown_name("split", split, map(str, by_split))
+        files = [str(file) for file in by_split[split]]
+        if other := next((file for file in files if not file.endswith(".parquet")), None):
+            raise InputError(
+                f"'{name}' cannot be streamed: it is no set of parquet files ({other.rpartition('/')[2]}). The Hub "
+                f"converts many sets: try dataset_revision={CONVERTED}."
+            )
+        return ParquetShards(files, builder.info.features, HfFileSystem())
+
+
+def _check_name(name: str) -> None:
     if os.path.exists(name):
         raise InputError(f"'{name}' is on this machine, not on the Hub: give it as train_data_dir={name}.")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"No such folder: '{name}'. (A data set on the Hub has an id like 'owner/name'.)")
     if name in FILE_FORMATS:
         raise InputError(f"'{name}' is a file format, not a data set: give the files as train_data_dir=FOLDER.")
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """Turns what goes wrong with a data set on the Hub into an `InputError`, where a user can mend it."""
     try:
-        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, revision=revision)
+        yield
+    except InputError:
+        raise
     # Which exception comes out depends on where in three libraries it happened; the unexplained ones pass unchanged.
     except Exception as error:
         explanation = _explain(error, name)

@@ -24,6 +24,9 @@ OPTIMIZERS = ("adamw", "muon")
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 """Of `torch.compile`: what makes kernels, and two that only trace, for tests and for the search for faults."""
 
+DEFAULT_BUFFER = 10_000
+"""Images of ImageNet: about a gigabyte."""
+
 COOLDOWN = "warmup_stable_decay"
 """The schedule by its name in transformers; diffusers has none like it."""
 
@@ -80,6 +83,14 @@ class _DataAndModel(Options):
     check_images: bool = option(False, "A dry run decodes every image too, and lists the bad ones.", free=True)
     cache_dir: str | None = option(
         None, "Of downloads and cached latents; None: that of datasets.", free=True, path=True
+    )
+    streaming: bool = option(
+        False, "Read parquet or saved Arrow data, here or on the Hub, as the training goes, without a copy of it."
+    )
+    shuffle_buffer_size: int = option(
+        DEFAULT_BUFFER,
+        "Streamed images that may wait for their turn, over all processes; 1: none.",
+        interval="[1, 10^9]",
     )
     resolution: int = option(256, "Side of the square training images, in pixels.", interval="[1, 2^14]")
     center_crop: bool = option(True, "Crop the centre square; false squeezes the whole image into a square.")
@@ -300,6 +311,10 @@ class TrainConfig(_WithSpeeD):
             raise InputError(f"compile_backend={self.compile_backend}: only compile=true knows it.")
         if self.check_images and not self.dry_run:
             raise InputError("check_images=true: only with dry_run=true.")
+        if self.streaming and self.cache_latents:
+            raise InputError("streaming=true encodes images as they come: it needs cache_latents=false.")
+        if not self.streaming and self.shuffle_buffer_size != DEFAULT_BUFFER:
+            raise InputError(f"shuffle_buffer_size={self.shuffle_buffer_size}: only streaming=true knows it.")
         if self.beta_start > self.beta_end:
             raise InputError(
                 f"beta_start={self.beta_start} beta_end={self.beta_end}: must be in order, and beta_end below 1."

@@ -13,8 +13,10 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration
 from diffusers import AutoencoderKL
 
 from ..data.batch_sampler import BatchLayout
-from ..data.images import ImageSource, open_images
+from ..data.images import ImageRows, open_images
 from ..data.latents import check_resolution
+from ..data.local import can_be_streamed
+from ..data.streaming import open_stream
 from ..errors import InputError
 from ..generation.pretrained import label_rows_of, load_transformer, prediction_type_of
 from ..models import TrainableDiT, build_dit, dit_config
@@ -31,7 +33,7 @@ from .run_folder import LOGGING_FOLDER
 from .tracking import tracker_names
 
 
-def open_data(config: TrainConfig, *, first_rows: bool = False) -> ImageSource:
+def open_data(config: TrainConfig, *, first_rows: bool = False) -> ImageRows:
     """The images to train on.
 
     Args:
@@ -41,21 +43,21 @@ def open_data(config: TrainConfig, *, first_rows: bool = False) -> ImageSource:
     Raises:
         InputError: There are none, or they cannot be read.
     """
-    return open_images(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        split=config.dataset_split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        cache_dir=config.cache_dir,
-        revision=config.dataset_revision,
-        max_train_samples=config.max_train_samples,
-        first_rows=first_rows,
-    )
+    where: dict[str, Any] = {
+        "dataset_name": config.dataset_name,
+        "dataset_config_name": config.dataset_config_name,
+        "train_data_dir": config.train_data_dir,
+        "split": config.dataset_split,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "cache_dir": config.cache_dir,
+        "revision": config.dataset_revision,
+        "max_train_samples": config.max_train_samples,
+    }
+    return open_stream(**where) if config.streaming else open_images(**where, first_rows=first_rows)
 
 
-def open_resumed_data(config: TrainConfig, checkpoint: Path | None) -> ImageSource:
+def open_resumed_data(config: TrainConfig, checkpoint: Path | None) -> ImageRows:
     """The images to train on: of `max_train_samples` those that a checkpoint was trained on, if it was on either.
 
     A run of version 0.1 took the first rows, and goes on with them.
@@ -64,7 +66,7 @@ def open_resumed_data(config: TrainConfig, checkpoint: Path | None) -> ImageSour
         InputError: There are none, or they cannot be read.
     """
     source = open_data(config)
-    if checkpoint is None or config.max_train_samples is None:
+    if checkpoint is None or config.max_train_samples is None or config.streaming:
         return source
     saved = read_state(checkpoint)["data_signature"]
     if source.signature(saved) == saved:
@@ -73,7 +75,7 @@ def open_resumed_data(config: TrainConfig, checkpoint: Path | None) -> ImageSour
     return first if first.signature(saved) == saved else source
 
 
-def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | None:
+def open_held_out(config: TrainConfig, source: ImageRows) -> ImageRows | None:
     """The images that the validation loss is measured on; None where the options name none.
 
     Args:
@@ -86,7 +88,9 @@ def open_held_out(config: TrainConfig, source: ImageSource) -> ImageSource | Non
     if config.validation_data_dir is None and config.validation_split is None:
         return None
     data_dir = config.validation_data_dir or config.train_data_dir
-    held_out = open_images(
+    # What lies here is not streamed unless it would be copied.
+    streamed = config.streaming and (data_dir is None or can_be_streamed(Path(data_dir).expanduser()))
+    held_out = (open_stream if streamed else open_images)(
         dataset_name=config.dataset_name if data_dir is None else None,
         dataset_config_name=config.dataset_config_name,
         train_data_dir=data_dir,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..data.bad_images import BadImages
 from ..data.batch_sampler import BatchLayout
-from ..data.images import ImageSource
+from ..data.images import ImageRows
 from ..files import naming_disk_errors
 from ..models import TrainableDiT
 from ..schedulers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
@@ -39,8 +39,8 @@ class Inputs:
     config: TrainConfig
     accelerator: Accelerator
     scheduler: TrainingScheduler
-    source: ImageSource
-    held_out: ImageSource | None
+    source: ImageRows
+    held_out: ImageRows | None
     vae: AutoencoderKL
     core: TrainableDiT
     layout: BatchLayout
@@ -59,7 +59,7 @@ class TrainingRun:
     learned_variance: LearnedVariance | None
     feedback: ErrorFeedback | None
     """For a loss-aware density or weighting; None where neither is."""
-    source: ImageSource
+    source: ImageRows
     bad_images: BadImages
     """Those that this process has met; at logging steps, those of all processes."""
     vae: AutoencoderKL

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -18,6 +19,9 @@ from ..data.bad_images import BadImages
 from ..data.batch_sampler import BatchOrder
 from ..data.images import ImageDataset, ImageSource, collate
 from ..data.latents import LatentDataset, cache_latents, vae_fingerprint
+from ..data.streaming import StreamSource
+from ..data.streaming_order import StreamOrder
+from ..data.streaming_reader import StreamDataset, StreamReader
 from ..data.workers import end_with_parent
 from ..generation.export import embedding_row_names
 from ..generation.generate import choose_classes
@@ -64,6 +68,9 @@ FREQUENCIES_OF_ITS_OWN = (
     "sample from it with SpeeDDiTPipeline; the stock DiTPipeline computes others and predicts something else."
 )
 """The warning for a start that DiT's own code has trained; takes its name and the shift."""
+
+TrainingData = LatentDataset | ImageDataset | StreamDataset
+"""What a loader reads batches from."""
 
 LOCAL_TRACKERS = ("tensorboard",)
 """Trackers that write to the folder of the run and nowhere else."""
@@ -205,20 +212,12 @@ def encode_held_out(inputs: Inputs) -> ValidationSet | None:
     )
 
 
-def make_loader(
-    inputs: Inputs, dataset: LatentDataset | ImageDataset, first_step: int
-) -> DataLoader[dict[str, Tensor]]:
+def make_loader(inputs: Inputs, dataset: TrainingData, first_step: int) -> DataLoader[dict[str, Tensor]]:
     """Batches of this process from an optimizer step on; their order is a function of the step."""
     config = inputs.config
     return DataLoader(
         dataset,
-        batch_sampler=BatchOrder(
-            len(inputs.source),
-            inputs.layout,
-            seed=config.seed,
-            first_step=first_step,
-            max_steps=config.max_train_steps,
-        ),
+        batch_sampler=make_order(inputs, first_step),
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
         worker_init_fn=end_with_parent,
@@ -230,24 +229,39 @@ def make_loader(
     )
 
 
+def make_order(inputs: Inputs, first_step: int) -> BatchOrder | StreamReader:
+    """Which images make which batch of this process, from an optimizer step on; of a stream, the images themselves."""
+    config, source = inputs.config, inputs.source
+    span = {"seed": config.seed, "first_step": first_step, "max_steps": config.max_train_steps}
+    if not isinstance(source, StreamSource):
+        return BatchOrder(len(source), inputs.layout, **span)
+    rows = np.diff(source.starts)
+    order = StreamOrder(rows, inputs.layout, shuffle_buffer_size=config.shuffle_buffer_size, **span)
+    return StreamReader(source, order)
+
+
 def worker_context() -> str:
     """How workers are started: a forked worker of a process with threads can deadlock; Windows only spawns."""
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def make_dataset(inputs: Inputs, bad_images: BadImages, ranks: Ranks) -> LatentDataset | ImageDataset:
+def make_dataset(inputs: Inputs, bad_images: BadImages, ranks: Ranks) -> TrainingData:
     """Cached latents, which all processes encode together, or images where the cache is off.
 
     Without a barrier between processes: encoding a large set takes longer than a process group waits.
     """
-    config, accelerator = inputs.config, inputs.accelerator
+    config, accelerator, source = inputs.config, inputs.accelerator, inputs.source
     if not config.cache_latents:
         inputs.vae.to(accelerator.device)
-        return ImageDataset(inputs.source, resolution=config.resolution, center_crop=config.center_crop)
+    if isinstance(source, StreamSource):
+        return StreamDataset(source, resolution=config.resolution, center_crop=config.center_crop)
+    assert isinstance(source, ImageSource)
+    if not config.cache_latents:
+        return ImageDataset(source, resolution=config.resolution, center_crop=config.center_crop)
     return cached_latents(
         config,
         accelerator,
-        inputs.source,
+        source,
         inputs.vae,
         vae_fingerprint=inputs.identity["vae_fingerprint"],
         bad_images=bad_images,

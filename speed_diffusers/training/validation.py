@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiTPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.images import ImageSource
+from ..data.images import ImageRows
 from ..data.moments import encode_moments, sample_latents
 from ..objective import Denoiser, TrainingScheduler, drop_labels, prediction_target
 from ..predictions import FLOW_PREDICTION, epsilon_error_ratio
@@ -38,7 +38,7 @@ class ValidationSet:
     @classmethod
     def encode(
         cls,
-        source: ImageSource,
+        source: ImageRows,
         vae: AutoencoderKL,
         *,
         resolution: int,
@@ -46,7 +46,7 @@ class ValidationSet:
         num_images: int,
         batch_size: int = 32,
     ) -> "ValidationSet":
-        """Encodes images of a source, evenly spaced over its rows; the next good one stands in for one that is bad.
+        """Encodes images of a source, spread over its rows; the next good one stands in for one that is bad.
 
         Args:
             source: The images.
@@ -56,7 +56,7 @@ class ValidationSet:
             num_images: At most so many.
             batch_size: Images encoded at a time.
         """
-        rows = np.linspace(0, len(source) - 1, min(num_images, len(source)), dtype=int).tolist()
+        rows = source.spread(num_images)
         scaling = float(vae.config["scaling_factor"])
         latents, used = [], []
         for begin in range(0, len(rows), batch_size):
@@ -66,7 +66,7 @@ class ValidationSet:
             mean = torch.from_numpy(moments)
             # The posterior's mean: its noise would be a floor under the errors at little noise.
             latents.append(sample_latents(mean, torch.zeros_like(mean.chunk(2, dim=1)[0]), scaling))
-        labels = torch.from_numpy(source.labels[used])
+        labels = torch.from_numpy(source.labels_of(used))
         return cls(torch.cat(latents), labels if source.num_classes else torch.full_like(labels, -1))
 
 

@@ -10,6 +10,7 @@ import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -27,6 +28,8 @@ class FakeHub(BaseHTTPRequestHandler):
     """As much of the Hub as `load_dataset` asks for: one good set, gated ones, and nothing else."""
 
     parquet = b""
+    ranges: ClassVar[list[tuple[int, int]]] = []
+    """Of the file, as they were asked for; the second is refused once."""
 
     def log_message(self, *args: object) -> None:
         """Keeps the test's output clean."""
@@ -52,7 +55,14 @@ class FakeHub(BaseHTTPRequestHandler):
         if path == f"/api/datasets/team/good/tree/{COMMIT}/data":
             return 200, json.dumps([shard]).encode(), JSON
         if path == f"/datasets/team/good/resolve/{COMMIT}/{SHARD}":
-            return 200, self.parquet, {"ETag": hashlib.sha256(self.parquet).hexdigest(), "X-Repo-Commit": COMMIT}
+            etag = {"ETag": hashlib.sha256(self.parquet).hexdigest(), "X-Repo-Commit": COMMIT}
+            if (asked := self.headers.get("Range")) is None:
+                return 200, self.parquet, etag
+            begin, end = map(int, asked.removeprefix("bytes=").split("-"))
+            self.ranges.append((begin, end))
+            if len(self.ranges) == 2:
+                return 503, b"", {}
+            return 206, self.parquet[begin : end + 1], etag
         return 404, b"", {"X-Error-Code": "EntryNotFound"}
 
     def do_GET(self) -> None:
@@ -68,6 +78,10 @@ class FakeHub(BaseHTTPRequestHandler):
 
 
 HUB_CASES: dict[str, dict[str, str]] = {
+    "streamed": {"dataset_name": "team/good"},
+    "streamed split": {"dataset_name": "team/good", "split": "tset"},
+    "streamed gated": {"dataset_name": "team/gated"},
+    "streamed missing": {"dataset_name": "team/missing"},
     "good": {"dataset_name": "team/good"},
     "gated": {"dataset_name": "team/gated"},
     "gated-403": {"dataset_name": "team/gated-403"},
@@ -80,6 +94,8 @@ HUB_CASES: dict[str, dict[str, str]] = {
     "config": {"dataset_name": "team/good", "dataset_config_name": "big"},
     "revision": {"dataset_name": "team/good", "revision": "no-such-revision"},
     "unreachable": {"dataset_name": "team/other"},
+    "streamed unreachable": {"dataset_name": "team/other"},
+    "streamed before": {},
     "good from the cache": {"dataset_name": "team/good"},
 }
 
@@ -87,15 +103,30 @@ HUB_CASES: dict[str, dict[str, str]] = {
 # "unreachable" it waits until the server is gone; the client's pauses between its retries are skipped.
 HUB_CLIENT = """
     import json, sys, time
+    import numpy
+    from speed_diffusers.data import streaming_reader
+    from speed_diffusers.data.batch_sampler import BatchLayout
     from speed_diffusers.data.images import open_images
+    from speed_diffusers.data.streaming import open_stream
+    from speed_diffusers.data.streaming_order import StreamOrder
     time.sleep = lambda seconds: None
+    streaming_reader.PAUSES = (0.0,)
+    before = None
     for case, arguments in json.loads(sys.argv[1]).items():
         if case == "unreachable":
             print(json.dumps("stop"), flush=True)
             sys.stdin.readline()
         try:
-            source = open_images(**arguments)
-            answer = [source.label_names, source.labels.tolist(), int(source.load(1, 8).sum())]
+            source = before
+            if arguments:
+                source = (open_stream if case.startswith("streamed") else open_images)(**arguments)
+            if case.startswith("streamed"):
+                rows = numpy.diff(source.starts)
+                order = StreamOrder(rows, BatchLayout(4), shuffle_buffer_size=9, seed=0, first_step=1, max_steps=3)
+                batches = list(streaming_reader.StreamReader(source, order))
+                assert [[image.row for image in images] for images in batches] == list(order)
+                before = source
+            answer = [source.label_names, source.labels_of(range(2)).tolist(), int(source.load(1, 8).sum())]
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         print(json.dumps([case, answer]), flush=True)
@@ -155,9 +186,22 @@ def test_hub_set_is_loaded_and_then_found_in_the_cache(hub_answers: dict[str, ob
     assert hub_answers["good from the cache"] == expected
 
 
+def test_hub_set_is_streamed_by_ranges_over_a_fault_of_the_server(hub_answers: dict[str, object]) -> None:
+    assert hub_answers["streamed"] == hub_answers["good"]
+    assert len(FakeHub.ranges) > 2
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("streamed gated", "team/gated is gated: accept its terms at https://huggingface.co/datasets/team/gated and"),
+        ("streamed missing", "There is no data set 'team/missing' on the Hub"),
+        ("streamed split", "Unknown split 'tset'. Allowed: train."),
+        (
+            "streamed unreachable",
+            "Cannot reach the Hub for 'team/other', and it is not in the cache. Check the network",
+        ),
+        ("streamed before", f"Cannot read 'hf://datasets/team/good@{COMMIT}/{SHARD}': "),
         (
             "imagenet",
             "imagenet-1k is gated: accept its terms at https://huggingface.co/datasets/ILSVRC/imagenet-1k and log in "
