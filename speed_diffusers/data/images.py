@@ -23,9 +23,11 @@ from ..errors import InputError, unknown_name
 from ..randomness import keyed_seed
 from .bad_images import BadImage, BadImages
 from .decode import UnreadableImage, load_image
-from .labels import read_labels
-from .local import load_local
-from .remote import load_remote
+from .few_rows import are_few, read_column, read_rows
+from .labels import check_label_column, read_labels
+from .local import load_local, parquet_shards
+from .remote import load_remote, unprepared_shards
+from .shards import ParquetShards
 from .signature import data_signature
 
 BAD_ROWS = "bad_rows"
@@ -202,6 +204,10 @@ def open_images(
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
     if train_data_dir is not None or dataset_name == EMBEDDED:
         path = EMBEDDED_IMAGES.parent if train_data_dir is None else Path(train_data_dir).expanduser()
+        shards, ignored = (None, ()) if max_train_samples is None else parquet_shards(path, split)
+        if shards is not None and are_few(max_train_samples, shards):
+            few = _from_shards(shards, image_column, label_column, max_train_samples, first_rows)
+            return replace(few, ignored=ignored)
         local = load_local(path, split=split, label_column=label_column, cache_dir=cache_dir)
         source = from_dataset(
             local.dataset,
@@ -214,9 +220,17 @@ def open_images(
     assert dataset_name is not None
     if split is None:
         raise InputError(f"'{dataset_name}' is on the Hub: say which split.")
-    dataset = load_remote(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, revision=revision)
+    where: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "revision": revision}
+    if max_train_samples is not None:
+        shards = unprepared_shards(dataset_name, dataset_config_name, **where)
+        if shards is not None and are_few(max_train_samples, shards):
+            return _from_shards(shards, image_column, label_column, max_train_samples, first_rows)
     return from_dataset(
-        dataset, image_column, label_column, max_train_samples=max_train_samples, first_rows=first_rows
+        load_remote(dataset_name, dataset_config_name, **where),
+        image_column,
+        label_column,
+        max_train_samples=max_train_samples,
+        first_rows=first_rows,
     )
 
 
@@ -240,13 +254,40 @@ def from_dataset(
     else:
         # The whole column, not those rows only: the number of classes must not depend on max_train_samples.
         labels, names = read_labels(dataset, label_column)
-    undecoded = _undecoded(dataset, image_column)
-    key = hashlib.sha256(f"{dataset._fingerprint} {image_column} {len(rows)} {names}".encode())
+    undecoded = _undecoded(dataset, image_column).select(rows)
+    return _checked(undecoded, image_column, label_column, labels, names, rows, dataset._fingerprint)
+
+
+def _from_shards(
+    shards: ParquetShards, image_column: str, label_column: str | None, limit: int | None, first_rows: bool
+) -> ImageSource:
+    """A few rows of parquet files: those that `from_dataset` takes, without a look at the others."""
+    rows = _share(shards.num_rows, limit, first_rows)
+    check_image_column(shards.features, image_column)
+    labels, names = np.zeros(shards.num_rows, dtype=np.int64), None
+    if label_column is not None:
+        check_label_column(shards.features, label_column)
+        labels, names = read_labels(read_column(shards, label_column), label_column)
+    dataset = _undecoded(read_rows(shards, rows, [image_column]), image_column)
+    return _checked(dataset, image_column, label_column, labels, names, rows, shards.key())
+
+
+def _checked(
+    dataset: datasets.Dataset,
+    image_column: str,
+    label_column: str | None,
+    labels: npt.NDArray[np.int64],
+    names: list[str] | None,
+    rows: npt.NDArray[np.int64] | range,
+    fingerprint: str,
+) -> ImageSource:
+    """The source of some rows of a set, `labels` being those of all, once its first images have been looked at."""
+    key = hashlib.sha256(f"{fingerprint} {image_column} {len(rows)} {names}".encode())
     key.update(labels[rows].tobytes())
-    if len(rows) < len(dataset):
+    if len(rows) < len(labels):
         key.update(np.asarray(rows).tobytes())
     source = ImageSource(
-        dataset=undecoded.select(rows),
+        dataset=dataset,
         image_column=image_column,
         label_column=label_column,
         labels=labels[rows],

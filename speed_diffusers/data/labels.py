@@ -34,8 +34,7 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.
     Raises:
         InputError: If the column is missing, holds neither integers nor strings, or has rows without a label.
     """
-    if column not in dataset.column_names:
-        raise InputError(f"{unknown_name('label column', column, dataset.column_names)} {WITHOUT_CLASSES}.")
+    check_label_column(dataset.features, column)
     labels, names = _read(dataset, column)
     unused = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(unused):
@@ -49,6 +48,16 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.
             ", ..." if len(unused) > 3 else "",
         )
     return labels, names
+
+
+def check_label_column(features: datasets.Features, column: str) -> None:
+    """Checks that there is such a column.
+
+    Raises:
+        InputError: There is none.
+    """
+    if column not in features:
+        raise InputError(f"{unknown_name('label column', column, features)} {WITHOUT_CLASSES}.")
 
 
 def _read(dataset: datasets.Dataset, column: str) -> tuple[npt.NDArray[np.int64], list[str]]:

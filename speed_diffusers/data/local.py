@@ -4,9 +4,10 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -32,6 +33,9 @@ from .splits import (
     read_split,
     split_in_name,
 )
+
+FIRST_ENTRIES = 100
+"""Of a sub-folder so many are looked at for parquet files."""
 
 
 def load_local(path: Path, *, split: str | None, label_column: str | None, cache_dir: str | None) -> LocalSplit:
@@ -108,9 +112,36 @@ def open_shards(path: Path, split: str | None) -> tuple[Shards, tuple[str, ...]]
     return ParquetShards([str(file) for file in files]), ignored
 
 
+def parquet_shards(path: Path, split: str | None) -> tuple[ParquetShards | None, tuple[str, ...]]:
+    """The parquet files of a whole split, read as they lie, and what lies beside them; None where there are no such.
+
+    Args:
+        path: As for `load_local`, whose messages for what is wrong are left to it.
+        split: As there.
+    """
+    if not path.exists() or is_saved(path) or split is None or set(split) & set("[+(") or not can_be_streamed(path):
+        return None, ()
+    shards, ignored = open_shards(path, split)
+    return (shards if isinstance(shards, ParquetShards) else None), ignored
+
+
 def can_be_streamed(path: Path) -> bool:
-    """Whether `open_shards` takes a folder or file."""
-    return path.suffix.lower() == ".parquet" or is_saved(path) or any(path.rglob("*.parquet"))
+    """Whether a folder or file looks as if `open_shards` took it; a million images in it are not looked through."""
+    if not path.is_dir():
+        return path.suffix.lower() == ".parquet"
+    with os.scandir(path) as listing:
+        entries = list(listing)
+    places = [entry.path for entry in entries if entry.is_dir()]
+    return is_saved(path) or _names_parquet(entries) or any(map(_begins_with_parquet, places))
+
+
+def _begins_with_parquet(folder: str) -> bool:
+    with os.scandir(folder) as listing:
+        return _names_parquet(islice(listing, FIRST_ENTRIES))
+
+
+def _names_parquet(entries: Iterable["os.DirEntry[str]"]) -> bool:
+    return any(entry.name.lower().endswith(".parquet") for entry in entries)
 
 
 def is_saved(path: Path) -> bool:

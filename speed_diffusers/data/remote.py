@@ -66,16 +66,37 @@ def remote_shards(
     _check_name(name)
     with _explaining(name):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
-        by_split = builder.config.data_files or {}
-        if split not in by_split:
-            raise unknown_name("split", split, map(str, by_split))
-        files = [str(file) for file in by_split[split]]
+        files = _files_of(builder, split)
+        if files is None:
+            raise unknown_name("split", split, map(str, builder.config.data_files or ()))
         if other := next((file for file in files if not file.endswith(".parquet")), None):
             raise InputError(
                 f"'{name}' cannot be streamed: it is no set of parquet files ({other.rpartition('/')[2]}). The Hub "
                 f"converts many sets: try dataset_revision={CONVERTED}."
             )
         return ParquetShards(files, builder.info.features, HfFileSystem())
+
+
+def unprepared_shards(
+    name: str, config_name: str | None, *, split: str, cache_dir: str | None, revision: str | None
+) -> ParquetShards | None:
+    """As `remote_shards`; None where `load_remote` is asked for less, or has more to say of what is wrong.
+
+    That is where the set has been loaded before, is no set of parquet files, or has no such split.
+    """
+    _check_name(name)
+    with _explaining(name):
+        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir, revision=revision)
+        files = _files_of(builder, split)
+        if os.path.isdir(builder.cache_dir) or not files or not all(file.endswith(".parquet") for file in files):
+            return None
+        return ParquetShards(files, builder.info.features, HfFileSystem())
+
+
+def _files_of(builder: datasets.DatasetBuilder, split: str) -> list[str] | None:
+    """Addresses of the files of a split; None where there is no such split."""
+    by_split = builder.config.data_files or {}
+    return [str(file) for file in by_split[split]] if split in by_split else None
 
 
 def _check_name(name: str) -> None:

@@ -120,6 +120,14 @@ def stretches_of(rows: Sequence[int], num_bytes: Sequence[int], *, file: int = 0
         begin = end
 
 
+class RowGroup(NamedTuple):
+    """A row group of a file, and the number of its first row among those of all files."""
+
+    file: int
+    number: int
+    first_row: int
+
+
 class _Footer(NamedTuple):
     metadata: pq.FileMetaData
     digest: str
@@ -259,6 +267,29 @@ class ParquetShards(Shards):
                     smallest.append(int(statistics.min))
                     largest.append(int(statistics.max))
         return min(smallest, default=0), max(largest, default=0), missing
+
+    @property
+    def num_rows(self) -> int:
+        """Of all files together."""
+        return sum(stretch.rows for stretch in self.stretches)
+
+    def row_groups(self) -> list[RowGroup]:
+        """All row groups, in order."""
+        found, first = [], 0
+        for number in range(len(self.files)):
+            metadata = self.footer(number).metadata
+            for index in range(metadata.num_row_groups):
+                found.append(RowGroup(number, index, first))
+                first += metadata.row_group(index).num_rows
+        return found
+
+    def take(self, group: RowGroup, rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
+        """Some columns of rows that are in one row group, by their numbers among those of all files."""
+        with self._open(self.files[group.file]) as opened:
+            metadata = self.footer(group.file).metadata
+            parquet = pq.ParquetFile(opened, metadata=metadata, pre_buffer=True)
+            table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
+        return table.take(pa.array(rows - group.first_row))
 
     def place(self, stretch: Stretch) -> str:
         """See `Shards.place`: the file."""

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..assets import EMBEDDED, EMBEDDED_IMAGES
-from ..errors import InputError, unknown_name
+from ..errors import InputError
 from ..randomness import keyed_seed
 from .images import ImageRows, check_first, check_image_column
-from .labels import MAX_CLASSES, WITHOUT_CLASSES
+from .labels import MAX_CLASSES, WITHOUT_CLASSES, check_label_column
 from .local import open_shards
 from .remote import remote_shards
 from .shards import WHOLE_BYTES, Shards, Stretch, first_rows
@@ -281,8 +281,7 @@ def _some(stretches: list[Stretch], limit: int | None) -> list[Stretch]:
 
 def _classes(shards: Shards, column: str) -> tuple[list[str], dict[str, int] | None]:
     """Names of the classes; and of a column of texts the ids of all of them, of one with ids None."""
-    if column not in shards.features:
-        raise InputError(f"{unknown_name('label column', column, shards.features)} {WITHOUT_CLASSES}.")
+    check_label_column(shards.features, column)
     feature = shards.features[column]
     dtype = str(getattr(feature, "dtype", type(feature).__name__))
     if dtype in ("string", "large_string", "bool"):

@@ -367,3 +367,27 @@ def test_a_label_that_statistics_did_not_tell_of_is_one_line(shard_folder: Path)
     source.label_names = NAMES[:2]
     with pytest.raises(InputError, match=r"^Row 2 has the label 2 in column 'label', which has the classes 0 to 1\."):
         list(chain(*source.read(source.stretches[0], 0, 0)))
+
+
+@pytest.mark.parametrize("first_rows", [False, True])
+def test_few_rows_of_many_are_those_of_the_whole_set_without_a_pass_over_it(
+    first_rows: bool, shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = {"train_data_dir": str(shard_folder), "max_train_samples": 9, "first_rows": first_rows}
+    with monkeypatch.context() as whole_set:
+        whole_set.setattr("speed_diffusers.data.few_rows.FEW_ROWS", 0)
+        whole = open_images(**limited, cache_dir=str(tmp_path / "cache"))
+    cache, taken = tmp_path / "other", []
+    take = ParquetShards.take
+    monkeypatch.setattr(ParquetShards, "take", lambda *given: taken.append(given) or take(*given))
+    few = open_images(**limited, cache_dir=str(cache))
+    assert not cache.exists() and 1 <= len(taken) <= 9, "nothing is converted, and other row groups are not read"
+    assert few.labels.tolist() == whole.labels.tolist() and few.label_names == whole.label_names
+    assert few.signature() == whole.signature(), "a run may be resumed from either"
+    assert all((few.load(row, 8) == whole.load(row, 8)).all() for row in range(9))
+    more = open_images(**limited | {"max_train_samples": 20}, cache_dir=str(cache))
+    assert len(more) == 20 and cache.exists(), "where every row group is read anyway, the set is converted"
+    with pytest.raises(InputError, match="Unknown label column 'labels'. Did you mean 'label'?"):
+        open_images(**limited, label_column="labels")
+    with pytest.raises(InputError, match="Unknown image column 'img'. Did you mean 'image'?"):
+        open_images(**limited, image_column="img")
