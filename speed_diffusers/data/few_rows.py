@@ -21,9 +21,9 @@ OUT_OF = 10
 READING_THREADS = 8
 
 
-def are_few(count: int | None, shards: ParquetShards) -> bool:
-    """Whether so many rows are to be read by themselves; None stands for all."""
-    return count is not None and 0 < count <= FEW_ROWS and count * OUT_OF <= shards.num_rows
+def are_few(count: int | None, num_rows: int) -> bool:
+    """Whether so many out of all rows are to be read by themselves; None stands for all."""
+    return count is not None and 0 < count <= FEW_ROWS and count * OUT_OF <= num_rows
 
 
 def read_rows(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
@@ -17,6 +18,7 @@ from .scan import METADATA_FILES, Folder, Scan, check_names, count_others, numbe
 from .splits import (
     SPLIT_OF_WORD,
     TRAIN,
+    Few,
     LocalSplit,
     choose,
     is_split_name,
@@ -40,8 +42,10 @@ class _Place(NamedTuple):
     inside: tuple[str, ...]
 
 
-def load_images(path: Path, found: Scan, label_column: str | None, split: str) -> LocalSplit:
+def load_images(path: Path, found: Scan, label_column: str | None, few: Few | None, split: str) -> LocalSplit:
     """One row per image, classes in the order of their folders' names (torchvision's numbering).
+
+    With `few` the other images of class folders are not even looked up on the disk, only their names are known.
 
     Not `load_dataset("imagefolder")`: it takes the innermost folder for the class, drops images whose path has a word
     like "test" in it, and is 40 times slower to open.
@@ -68,12 +72,14 @@ def load_images(path: Path, found: Scan, label_column: str | None, split: str) -
     root = path / chosen_tops[0] if len(chosen_tops) == 1 else path
     classes = _class_names(found, by_split[chosen], tops, chosen)
     dataset = _metadata_rows(path, root, found, by_split, chosen, label_column, ignored, has_classes=bool(classes))
+    all_labels = None
     if dataset is None and label_column is None:
-        files = [(file, 0) for place in by_split[chosen] for file in _files(path, place.folder)]
-        dataset = _with_label(root, files, ["all"])
+        places, classes = [(place.folder, 0) for place in by_split[chosen]], ["all"]
+        dataset, all_labels = _labelled_rows(path, root, places, classes, few)
     elif dataset is None:
-        dataset = _class_rows(path, root, found, by_split[chosen], classes, ignored)
-    return LocalSplit(dataset, (*ignored, *found.ignored()))
+        places = _class_folders(root, found, by_split[chosen], classes, ignored)
+        dataset, all_labels = _labelled_rows(path, root, places, classes, few)
+    return LocalSplit(dataset, (*ignored, *found.ignored()), all_labels)
 
 
 def _splits_of_tops(found: Scan, split: str, *, with_classes: bool) -> dict[str, str | None]:
@@ -108,18 +114,18 @@ def _class_names(
     return sorted(name for name, split in tops.items() if split is None)
 
 
-def _class_rows(
-    path: Path, root: Path, found: Scan, places: list[_Place], classes: list[str], ignored: list[str]
-) -> datasets.Dataset:
-    files = [(file, place.inside[0]) for place in places if place.inside for file in _files(path, place.folder)]
+def _class_folders(
+    root: Path, found: Scan, places: list[_Place], classes: list[str], ignored: list[str]
+) -> list[tuple[Folder, int]]:
+    """The folders of images with their class ids, in the order of these."""
+    with_images = {place.inside[0] for place in places if place.inside}
     loose = sum(len(place.folder.images) for place in places if not place.inside)
-    if not files:
+    if not with_images:
         raise InputError(
             f"'{shown(root)}' has images but no class sub-folders; label_column=None trains without classes."
         )
     if loose:
         ignored.append(f"beside the class folders: {number(loose, 'image')}")
-    with_images = {name for _, name in files}
     for name in (name for name in classes if name not in with_images):
         inside = [folder for folder in found.folders if name in folder.parts[:2]]
         others = count_others(inside)
@@ -133,7 +139,27 @@ def _class_rows(
         logger.warning("There is one class, '%s'. Are those in its sub-folders meant? Give '%s'.", only, root / only)
     ids = {name: label for label, name in enumerate(classes)}
     # By class, as folders of the same split may each have all of them.
-    return _with_label(root, sorted(((file, ids[name]) for file, name in files), key=lambda row: row[1]), classes)
+    return sorted(((place.folder, ids[place.inside[0]]) for place in places if place.inside), key=lambda row: row[1])
+
+
+def _labelled_rows(
+    path: Path, root: Path, places: list[tuple[Folder, int]], names: list[str], few: Few | None
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The images of folders, each with a label; or a few of them, and the label column of all."""
+    counts = np.array([len(folder.images) for folder, _ in places])
+    rows = few(int(counts.sum())) if few is not None else None
+    if rows is None:
+        files = [(file, label) for folder, label in places for file in _files(path, folder)]
+        return _with_label(root, files, names), None
+    firsts = np.cumsum(counts) - counts
+    numbers = np.searchsorted(firsts, rows, side="right") - 1
+    chosen = [
+        (os.path.join(path, *places[number][0].parts, places[number][0].images[row]), places[number][1])
+        for number, row in zip(numbers.tolist(), (rows - firsts[numbers]).tolist(), strict=True)
+    ]
+    labels = pa.table({FOLDER_LABEL: np.repeat(np.array([label for _, label in places]), counts)})
+    info = datasets.DatasetInfo(features=datasets.Features({FOLDER_LABEL: datasets.ClassLabel(names=names)}))
+    return _with_label(root, chosen, names), datasets.Dataset(InMemoryTable(labels), info=info)
 
 
 def _metadata_rows(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -202,36 +203,49 @@ def open_images(
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else f"both (dataset_name=None takes {dataset_name} out)"
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
-    if train_data_dir is not None or dataset_name == EMBEDDED:
-        path = EMBEDDED_IMAGES.parent if train_data_dir is None else Path(train_data_dir).expanduser()
-        shards, ignored = (None, ()) if max_train_samples is None else parquet_shards(path, split)
-        if shards is not None and are_few(max_train_samples, shards):
-            few = _from_shards(shards, image_column, label_column, max_train_samples, first_rows)
-            return replace(few, ignored=ignored)
-        local = load_local(path, split=split, label_column=label_column, cache_dir=cache_dir)
-        source = from_dataset(
-            local.dataset,
-            image_column,
-            label_column,
-            max_train_samples=max_train_samples,
-            first_rows=first_rows,
-        )
-        return source if train_data_dir is None else replace(source, ignored=local.ignored)
+    columns = (image_column, label_column)
+    limit: dict[str, Any] = {"max_train_samples": max_train_samples, "first_rows": first_rows}
+    if dataset_name == EMBEDDED:
+        embedded = load_local(EMBEDDED_IMAGES.parent, split=split, label_column=label_column, cache_dir=cache_dir)
+        return from_dataset(embedded.dataset, *columns, **limit)
+    if train_data_dir is not None:
+        return _open_local(Path(train_data_dir).expanduser(), *columns, split=split, cache_dir=cache_dir, **limit)
     assert dataset_name is not None
     if split is None:
         raise InputError(f"'{dataset_name}' is on the Hub: say which split.")
     where: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "revision": revision}
     if max_train_samples is not None:
         shards = unprepared_shards(dataset_name, dataset_config_name, **where)
-        if shards is not None and are_few(max_train_samples, shards):
-            return _from_shards(shards, image_column, label_column, max_train_samples, first_rows)
-    return from_dataset(
-        load_remote(dataset_name, dataset_config_name, **where),
-        image_column,
-        label_column,
-        max_train_samples=max_train_samples,
-        first_rows=first_rows,
-    )
+        if shards is not None and are_few(max_train_samples, shards.num_rows):
+            return _from_shards(shards, *columns, **limit)
+    return from_dataset(load_remote(dataset_name, dataset_config_name, **where), *columns, **limit)
+
+
+def _open_local(
+    path: Path,
+    image_column: str,
+    label_column: str | None,
+    *,
+    split: str | None,
+    cache_dir: str | None,
+    max_train_samples: int | None,
+    first_rows: bool,
+) -> ImageSource:
+    """Images on this machine; where they are few out of many, the others cost no more than their names."""
+    limit: dict[str, Any] = {"max_train_samples": max_train_samples, "first_rows": first_rows}
+    shards, ignored = (None, ()) if max_train_samples is None else parquet_shards(path, split)
+    if shards is not None and are_few(max_train_samples, shards.num_rows):
+        return replace(_from_shards(shards, image_column, label_column, **limit), ignored=ignored)
+    few = partial(_few_rows, **limit)
+    local = load_local(path, split=split, label_column=label_column, cache_dir=cache_dir, few=few)
+    if local.all_labels is None:
+        source = from_dataset(local.dataset, image_column, label_column, **limit)
+    else:
+        labels, names = _labels_of(local.all_labels, label_column)
+        rows = _share(len(labels), max_train_samples, first_rows)
+        dataset = _undecoded(local.dataset, image_column)
+        source = _checked(dataset, image_column, label_column, labels, names, rows, local.dataset._fingerprint)
+    return replace(source, ignored=local.ignored)
 
 
 def from_dataset(
@@ -249,25 +263,27 @@ def from_dataset(
         raise InputError("The data set has no rows.")
     dataset = dataset.with_format(None)
     rows = _share(len(dataset), max_train_samples, first_rows)
-    if label_column is None:
-        labels, names = np.zeros(len(dataset), dtype=np.int64), None
-    else:
-        # The whole column, not those rows only: the number of classes must not depend on max_train_samples.
-        labels, names = read_labels(dataset, label_column)
+    # The whole column, not those rows only: the number of classes must not depend on max_train_samples.
+    labels, names = _labels_of(dataset, label_column)
     undecoded = _undecoded(dataset, image_column).select(rows)
     return _checked(undecoded, image_column, label_column, labels, names, rows, dataset._fingerprint)
 
 
 def _from_shards(
-    shards: ParquetShards, image_column: str, label_column: str | None, limit: int | None, first_rows: bool
+    shards: ParquetShards,
+    image_column: str,
+    label_column: str | None,
+    *,
+    max_train_samples: int | None,
+    first_rows: bool,
 ) -> ImageSource:
     """A few rows of parquet files: those that `from_dataset` takes, without a look at the others."""
-    rows = _share(shards.num_rows, limit, first_rows)
+    rows = _share(shards.num_rows, max_train_samples, first_rows)
     check_image_column(shards.features, image_column)
     labels, names = np.zeros(shards.num_rows, dtype=np.int64), None
     if label_column is not None:
         check_label_column(shards.features, label_column)
-        labels, names = read_labels(read_column(shards, label_column), label_column)
+        labels, names = _labels_of(read_column(shards, label_column), label_column)
     dataset = _undecoded(read_rows(shards, rows, [image_column]), image_column)
     return _checked(dataset, image_column, label_column, labels, names, rows, shards.key())
 
@@ -296,6 +312,18 @@ def _checked(
     )
     check_first(source)
     return source
+
+
+def _labels_of(dataset: datasets.Dataset, column: str | None) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+    """Class ids of all rows, zeros without classes, and the classes' names."""
+    return (np.zeros(len(dataset), dtype=np.int64), None) if column is None else read_labels(dataset, column)
+
+
+def _few_rows(num_rows: int, *, max_train_samples: int | None, first_rows: bool) -> npt.NDArray[np.int64] | None:
+    """The rows of `_share` if they are so few that the others should cost nothing."""
+    if not are_few(max_train_samples, num_rows):
+        return None
+    return np.asarray(_share(num_rows, max_train_samples, first_rows), dtype=np.int64)
 
 
 def _share(num_rows: int, limit: int | None, first: bool) -> npt.NDArray[np.int64] | range:

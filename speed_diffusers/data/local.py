@@ -25,9 +25,11 @@ from .splits import (
     HELD_OUT,
     SPLIT_OF_WORD,
     TRAIN,
+    Few,
     LocalSplit,
     UnknownSplit,
     choose,
+    is_whole,
     other_splits,
     own_split,
     read_split,
@@ -38,7 +40,9 @@ FIRST_ENTRIES = 100
 """Of a sub-folder so many are looked at for parquet files."""
 
 
-def load_local(path: Path, *, split: str | None, label_column: str | None, cache_dir: str | None) -> LocalSplit:
+def load_local(
+    path: Path, *, split: str | None, label_column: str | None, cache_dir: str | None, few: Few | None = None
+) -> LocalSplit:
     """Opens a folder of images, a folder of parquet files, one parquet file or a `save_to_disk` folder.
 
     Args:
@@ -47,12 +51,13 @@ def load_local(path: Path, *, split: str | None, label_column: str | None, cache
             images to measure on: what is called validation, else test, else all that there is.
         label_column: The column with the classes; None: a flat folder of images will do.
         cache_dir: Where `datasets` keeps its Arrow copy of parquet files; None for its default.
+        few: Of folders of images, which rows of a whole split to open by themselves; `all_labels` is set then.
 
     Raises:
         UnknownSplit: If the data does not have the split.
         InputError: If there is nothing at `path`, nothing usable in it, or something that cannot be read.
     """
-    open_split = _opener(path, label_column, cache_dir)
+    open_split = _opener(path, label_column, cache_dir, few if is_whole(split) else None)
     if split is None:
         for name in HELD_OUT:
             with suppress(UnknownSplit):
@@ -61,7 +66,9 @@ def load_local(path: Path, *, split: str | None, label_column: str | None, cache
     return read_split(split, open_split)
 
 
-def _opener(path: Path, label_column: str | None, cache_dir: str | None) -> Callable[[str], LocalSplit]:
+def _opener(
+    path: Path, label_column: str | None, cache_dir: str | None, few: Few | None
+) -> Callable[[str], LocalSplit]:
     """What loads the whole of a split at `path`, by the split's name."""
     if not path.exists():
         raise InputError(f"No such file or folder: '{shown(path)}'.")
@@ -74,7 +81,7 @@ def _opener(path: Path, label_column: str | None, cache_dir: str | None) -> Call
     found = scan(path)
     if any(folder.parquet for folder in found.folders):
         return partial(_load_parquet, path, found, cache_dir)
-    return partial(load_images, path, found, label_column)
+    return partial(load_images, path, found, label_column, few)
 
 
 def open_shards(path: Path, split: str | None) -> tuple[Shards, tuple[str, ...]]:
@@ -119,7 +126,7 @@ def parquet_shards(path: Path, split: str | None) -> tuple[ParquetShards | None,
         path: As for `load_local`, whose messages for what is wrong are left to it.
         split: As there.
     """
-    if not path.exists() or is_saved(path) or split is None or set(split) & set("[+(") or not can_be_streamed(path):
+    if split is None or not is_whole(split) or not path.exists() or is_saved(path) or not can_be_streamed(path):
         return None, ()
     shards, ignored = open_shards(path, split)
     return (shards if isinstance(shards, ParquetShards) else None), ignored

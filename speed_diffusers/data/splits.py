@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import InputError, unknown_name
 from .scan import number, shown
@@ -37,12 +39,23 @@ _CAPITALS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
 """The same where capitals stand before a small word: "MNISTtest"."""
 
 
+Few = Callable[[int], npt.NDArray[np.int64] | None]
+"""Which of so many rows are to be opened by themselves, ascending; None: all."""
+
+
 class LocalSplit(NamedTuple):
     """What is read of data on this machine."""
 
     dataset: datasets.Dataset
     ignored: tuple[str, ...]
     """What lies beside it and is not read: a line for each reason, with how much it is."""
+    all_labels: datasets.Dataset | None = None
+    """Where `dataset` has only the few rows that were asked for: the label column of all rows."""
+
+
+def is_whole(split: str | None) -> bool:
+    """Whether it is the name of one split, without slices and sums; None names none and takes no part of one."""
+    return split is None or not set(split) & set("[+(")
 
 
 def canonical(split: str) -> str:

@@ -21,6 +21,7 @@ from .labels import MAX_CLASSES, WITHOUT_CLASSES, check_label_column
 from .local import open_shards
 from .remote import remote_shards
 from .shards import WHOLE_BYTES, Shards, Stretch, first_rows
+from .splits import is_whole
 
 SPREAD_OVER = 64
 """Few images out of many are taken from about so many stretches, each of which has to be read."""
@@ -233,7 +234,7 @@ def open_stream(
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else f"both (dataset_name=None takes {dataset_name} out)"
         raise InputError(f"Give exactly one of dataset_name and train_data_dir; got {given}.")
-    if split is not None and set(split) & set("[+("):
+    if not is_whole(split):
         raise InputError(f"split={split}: a stream reads one split, whole; max_train_samples takes a part of it.")
     if train_data_dir is not None or dataset_name == EMBEDDED:
         path = EMBEDDED_IMAGES.parent if train_data_dir is None else Path(train_data_dir).expanduser()

@@ -3,7 +3,9 @@
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -349,3 +351,34 @@ def test_class_ids_beyond_the_names_are_one_line() -> None:
     )
     with pytest.raises(InputError, match="goes up to 7, but names only 2 classes"):
         from_dataset(datasets.Dataset(datasets.table.InMemoryTable(table).cast(features.arrow_schema)))
+
+
+def noting_stat(
+    stat: Callable[..., os.stat_result], noted: list[str], path: object, **given: object
+) -> os.stat_result:
+    noted.append(str(path))
+    return stat(path, **given)
+
+
+def test_few_of_many_images_are_those_of_the_whole_set_and_no_other_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("cat", 40), ("dog", 70), ("eel", 0), ("fox", 10)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(count):
+            noise_image(8, 8, seed=number).save(tmp_path / "images" / name / f"{number}.png")
+    for options in ({}, {"first_rows": True}, {"label_column": None}):
+        limited = {"train_data_dir": str(tmp_path / "images"), "max_train_samples": 9, **options}
+        with monkeypatch.context() as whole_set:
+            whole_set.setattr("speed_diffusers.data.few_rows.FEW_ROWS", 0)
+            whole = open_images(**limited)
+        looked_up: list[str] = []
+        with monkeypatch.context() as counted:
+            counted.setattr(os, "stat", partial(noting_stat, os.stat, looked_up))
+            few = open_images(**limited)
+        assert 0 < sum(path.endswith(".png") for path in looked_up) <= 9
+        assert (few.labels.tolist(), few.label_names) == (whole.labels.tolist(), whole.label_names)
+        assert few.signature() == whole.signature() and few.ignored == whole.ignored
+        assert all((few.load(row, 8) == whole.load(row, 8)).all() for row in range(9))
+    part = open_images(train_data_dir=str(tmp_path / "images"), max_train_samples=5, split="train[:50%]")
+    assert len(part) == 5 and part.labels.max() <= 1, "slices are opened whole"
