@@ -20,7 +20,7 @@ from pathlib import Path
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import option
-from speed_diffusers.data import LatentDataset, vae_fingerprint
+from speed_diffusers.data import ImageSource, LatentDataset, vae_fingerprint
 from speed_diffusers.data.bad_images import BadImages
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation import load_vae
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     options = trainer_options(config)
     accelerator = make_accelerator(options)
     source = open_data(options)
+    assert isinstance(source, ImageSource), "a stream, which knows no cache, has been refused"
     vae = load_vae(options.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     began = time.monotonic()
     latents = cached_latents(
