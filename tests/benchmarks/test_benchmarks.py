@@ -17,6 +17,7 @@ import host_work
 import kills
 import measurement
 import step_time
+import streaming
 from speed_diffusers.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,18 @@ def test_the_committed_kills_lost_nothing() -> None:
     assert result["bit_equal"] == result["kills"] == len(result["each"]) >= 20
     assert result["inside_a_save"] >= result["kills"] / 4
     assert not any(kill["differences"] for kill in result["each"])
+
+
+def test_a_stream_is_measured_and_the_committed_one_met_its_goals(tmp_path: Path) -> None:
+    small = ["num_images=2000", "num_files=4", "batch_size=8", "num_batches=5", f"work_dir={tmp_path}"]
+    streaming.main([*small, f"results_dir={tmp_path / 'results'}"])
+    result = json.loads((tmp_path / "results" / "result.json").read_text())
+    assert result["environment"].keys() == MACHINE and "work_dir" not in result["settings"]
+    assert all(cost["seconds"] > 0 for cost in result["costs"].values()) and result["images_per_second"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["results"], "what was made is removed"
+    committed = json.loads((ROOT / "benchmarks" / "streaming" / "result.json").read_text())
+    assert committed["goals"] == streaming.GOALS and all(committed["goals_met"].values())
+    assert committed["settings"]["num_images"] == 1_281_167
 
 
 def test_every_benchmark_has_its_row() -> None:
