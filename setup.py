@@ -37,6 +37,9 @@ TEST = [*TRAIN, *LIGHT_EVAL, "pytest>=8", "pytest-xdist", "hypothesis", "psutil"
 TEST += ["nbclient", "ipykernel", "selenium>=4.20"]
 # Apart, because gradio holds pillow below 13. 6.31: the only one that was tried.
 DEMO = [*TRAIN, "gradio>=6.31,<7"]
+# Beside TensorBoard. Apart, because trackio holds pillow below 13. Those that were tried: what a run has told them is
+# read from files that are theirs.
+TRACKERS = ["wandb>=0.31,<1", "trackio>=0.43,<1"]
 # For the test of a LoRA loop. Apart, because wherever peft is installed diffusers imports it, and it transformers.
 LORA = ["peft>=0.13"]
 # For `make docs`.
@@ -83,6 +86,7 @@ setup(
         "eval": EVAL,
         "test": TEST,
         "demo": DEMO,
+        "trackers": TRACKERS,
         "lora": LORA,
         "docs": DOCS,
         "dev": DEV,

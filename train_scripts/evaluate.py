@@ -21,12 +21,17 @@ The field's scores, each in the features that it is defined in; the images are g
     python train_scripts/evaluate.py models=runs/b2 num_images=50000 reference=VIRTUAL_imagenet256_labeled.npz \
         metrics=fid,sfid,inception_score,precision_recall
 
+On eight GPUs, which share the generating:
+
+    torchrun --nproc_per_node 8 train_scripts/evaluate.py models=runs/b2 num_images=50000
+
 Each score is printed as it comes, and is one JSON file with its whole protocol, one for each extractor, in `scores/`
 of its run or in output_dir. Scores that are there already are not measured again, so the same command resumes an
 interrupted evaluation.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -43,6 +48,7 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable, tensors_sha256
 from speed_diffusers.generation.generate import GenerationSettings, choose_classes, row_names_of
 from speed_diffusers.generation.image_set import Manifest, is_image_set
+from speed_diffusers.generation.processes import ALONE, Processes
 from speed_diffusers.hardware import accelerator_or_cpu
 from speed_diffusers.metrics import METRICS, ExtractorFiles, general_metrics
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves, save_sweep
@@ -56,6 +62,7 @@ from speed_diffusers.metrics.score import (
 )
 from speed_diffusers.metrics.score_record import Score, ScoreRecord, load_score, load_scores, save_score, score_path
 from speed_diffusers.metrics.ways import Wanted, ways_of
+from speed_diffusers.training.parts import is_launched, start_process
 from speed_diffusers.training.run_folder import SCORES_FOLDER
 from speed_diffusers.training.snapshots import (
     ModelToScore,
@@ -153,7 +160,26 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options; nothing has been generated.
     """
     config = load_config(EvaluateConfig, argv, Path(__file__).resolve().parent)
-    device = accelerator_or_cpu()
+    state = start_process() if is_launched(os.environ) else None
+    device = accelerator_or_cpu() if state is None else state.device
+    try:
+        evaluate(config, device, Processes.of_process_group(device))
+    finally:
+        if state is not None:
+            state.destroy_process_group()
+
+
+def evaluate(config: EvaluateConfig, device: torch.device, processes: Processes) -> None:
+    """Scores what the options say; the first process prints, saves and plots.
+
+    Args:
+        config: The options.
+        device: Where to generate and measure.
+        processes: Who generates.
+
+    Raises:
+        InputError: As `main`.
+    """
     output_dir = Path(config.output_dir) if config.output_dir is not None else None
     found = find_all(config, output_dir)
     ways = read_settings(config, device)
@@ -164,10 +190,15 @@ def main(argv: list[str]) -> None:
         compared |= {} if len(variants) > 1 else {each.name: each.ways for each in stored}
         for number in range(len(ways)):
             require_equal_protocols({name: own[number][1] for name, own in compared.items()})
-    scored: Scored = [(images.name, announce(images.name, score_stored(images))) for images in stored]
+    scored: Scored = []
+    if processes.rank == 0:
+        scored = [(images.name, announce(images.name, score_stored(images))) for images in stored]
     for subject in (each for subjects in variants for each in subjects):
         for place in subject.model.places:
-            scored.append((subject.model.name, announce(subject.model.name, score_place(subject, place))))
+            if records := score_place(subject, place, processes):
+                scored.append((subject.model.name, announce(subject.model.name, records)))
+    if processes.rank:
+        return
     print(table(scored))
     for record in scored[0][1]:
         print(f"Protocol: {record.score.protocol.in_words()}.")
@@ -272,8 +303,12 @@ def with_classes(settings: ScoreSettings, class_labels: list[str], pipeline: DiT
     return replace(settings, class_rows=tuple(choose_classes(class_labels, row_names_of(pipeline), last_row=last_row)))
 
 
-def score_place(subject: Subject, place: Place) -> list[ScoreRecord]:
-    """Scores a point of a run in each way that has no score there yet, of the same weights and with all numbers."""
+def score_place(subject: Subject, place: Place, processes: Processes) -> list[ScoreRecord]:
+    """Scores a point of a run in each way that has no score there yet, of the same weights and with all numbers.
+
+    Returns:
+        The scores on the first process, nothing on the others, which have helped to generate the images.
+    """
     model, pipeline = subject.model, subject.pipeline
     shared = subject.ways[0][0]
     if place.checkpoint is not None:
@@ -284,10 +319,10 @@ def score_place(subject: Subject, place: Place) -> list[ScoreRecord]:
     at = "" if place.step is None else f", step {place.step:,}"
 
     def measure(ways: Ways) -> list[Score]:
-        return score_in_each(pipeline, ways, description=f"{model.name}{at}")
+        return score_in_each(pipeline, ways, description=f"{model.name}{at}", processes=processes)
 
     weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
-    return scored_once(subject.ways, measure, model.scores_dir, place, weights_sha256)
+    return scored_once(subject.ways, measure, model.scores_dir, place, weights_sha256, processes)
 
 
 def score_stored(images: StoredImages) -> list[ScoreRecord]:
@@ -302,7 +337,12 @@ def score_stored(images: StoredImages) -> list[ScoreRecord]:
 
 
 def scored_once(
-    ways: Ways, measure: Callable[[Ways], list[Score]], folder: Path, place: Place, weights_sha256: str
+    ways: Ways,
+    measure: Callable[[Ways], list[Score]],
+    folder: Path,
+    place: Place,
+    weights_sha256: str,
+    processes: Processes = ALONE,
 ) -> list[ScoreRecord]:
     """The scores that are there of these weights, and those that are not, measured and saved.
 
@@ -312,12 +352,17 @@ def scored_once(
         folder: Of the scores.
         place: What is scored.
         weights_sha256: Hash of its weights.
+        processes: Who measures; the first one looks for scores, saves and returns them.
     """
     files = [score_path(folder, protocol, place.step) for _, protocol in ways]
     known = [known_score(file, weights_sha256) for file in files]
     missing = [number for number, (settings, _) in enumerate(ways) if not holds_all(known[number], settings)]
+    missing = processes.of_the_first(missing)
+    scores = measure([ways[number] for number in missing]) if missing else []
+    if processes.rank:
+        return []
     if missing:
-        for number, score in zip(missing, measure([ways[number] for number in missing]), strict=True):
+        for number, score in zip(missing, scores, strict=True):
             if (older := known[number]) is not None:
                 values = {**older.score.values, **score.values}
                 score = replace(score, values=values, intervals={**older.score.intervals, **score.intervals})

@@ -16,12 +16,10 @@ on batch_size, on how many processes there are, or on a stop; generated.json say
 
 import dataclasses
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ from speed_diffusers.generation.image_files import (
     to_bytes,
 )
 from speed_diffusers.generation.image_set import FORMATS, LABELS, ImageSet, Manifest, is_image_set
-from speed_diffusers.training.parts import check_launcher
+from speed_diffusers.training.parts import start_process
 from speed_diffusers.training.snapshots import load_latest, warn_of_untrained_guidance
 
 logger = logging.getLogger(__name__)
@@ -94,7 +92,11 @@ def main(argv: list[str]) -> None:
         OSError: The disk is full, read-only or broken; the same command goes on from there.
     """
     config = load_config(GenerateConfig, argv, Path(__file__).resolve().parent)
-    state = start_process(config)
+    state = start_process()
+    if state.device.type == "cpu":
+        torch.set_num_threads(config.num_threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
     folder = Path(config.output_dir)
     if state.is_main_process:
         check_writable("output_dir", folder)
@@ -120,29 +122,6 @@ def main(argv: list[str]) -> None:
     if state.is_main_process:
         print(f"{manifest.num_images:,} images: {', '.join(str(folder / name) for name in manifest.files) or folder}")
     state.destroy_process_group()
-
-
-def start_process(config: GenerateConfig) -> PartialState:
-    """Joins the other processes, if a launcher started several, with the arithmetic that all of them share.
-
-    Raises:
-        InputError: The launcher's environment is not whole.
-    """
-    check_launcher(os.environ)
-    cpu = not torch.accelerator.is_available()
-    # The others wait while one packs, however long that takes.
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise InputError(
-            f"WORLD_SIZE={launched}, but accelerate runs {state.num_processes} process(es); on CPUs launch with: "
-            f"torchrun --nproc_per_node {launched}"
-        )
-    if cpu:
-        torch.set_num_threads(config.num_threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    return state
 
 
 def describe(config: GenerateConfig, pipeline: DiTPipeline, device: torch.device) -> ImageSet:

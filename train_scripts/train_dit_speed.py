@@ -56,10 +56,12 @@ def main(argv: list[str]) -> None:
     run = start_run(inputs)
     start_trackers(run)
     try:
-        with StopRequest() as stop:
-            stopped_by = train(run, stop)
+        with run.ranks.naming_who_is_gone():
+            with StopRequest() as stop:
+                stopped_by = train(run, stop)
+            if stopped_by is None:
+                save_results(run)
         if stopped_by is None:
-            save_results(run)
             push_after_training(run)
     finally:
         run.close()

@@ -19,6 +19,7 @@ from ..models import NULL_CLASS
 from ..pipelines import SpeeDDiTPipeline
 from ..pipelines.pipeline_dit_speed import ambiguous_name, find_rows
 from ..randomness import keyed_generator
+from .processes import ALONE, Processes
 from .samplers import SAMPLERS, make_sampler
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,35 @@ def generate(
         yield cast(Any, result).images
 
 
+def generate_together(
+    pipeline: DiTPipeline, class_rows: Sequence[int], settings: GenerationSettings, processes: Processes
+) -> Iterator[npt.NDArray[np.float32]]:
+    """What `generate` gives one process, for several: each generates some of its batches, and all get every one.
+
+    Args:
+        pipeline: As in `generate`; on every process the same.
+        class_rows: As in `generate`.
+        settings: How.
+        processes: Who generates.
+
+    Raises:
+        As `generate`.
+
+    Yields:
+        As `generate`.
+    """
+    if processes.size == 1:
+        yield from generate(pipeline, class_rows, settings)
+        return
+    starts = range(0, len(class_rows), settings.batch_size)
+    own = (
+        images
+        for start in starts[processes.rank :: processes.size]
+        for images in generate(pipeline, class_rows[start : start + settings.batch_size], settings, first_image=start)
+    )
+    yield from processes.in_turn(own, len(starts))
+
+
 def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDiTPipeline:
     """The pipeline that samples with a learned variance and guides in part, around another one's parts.
 
@@ -133,7 +163,11 @@ def speed_pipeline(pipeline: DiTPipeline, sampler: str | None = None) -> SpeeDDi
 
 
 def class_samples(
-    pipeline: DiTPipeline, class_rows: Sequence[int], num_images: int, settings: GenerationSettings | None = None
+    pipeline: DiTPipeline,
+    class_rows: Sequence[int],
+    num_images: int,
+    settings: GenerationSettings | None = None,
+    processes: Processes = ALONE,
 ) -> npt.NDArray[np.float32]:
     """The same number of images of each class.
 
@@ -142,12 +176,13 @@ def class_samples(
         class_rows: Classes, as rows of the label table.
         num_images: Images per class.
         settings: As in `generate`.
+        processes: Who generates them; each gets all.
 
     Returns:
         float32 (classes x num_images, H, W, 3), class by class, in [0, 1].
     """
     rows = [row for row in class_rows for _ in range(num_images)]
-    return np.concatenate(list(generate(pipeline, rows, settings)))
+    return np.concatenate(list(generate_together(pipeline, rows, settings or GenerationSettings(), processes)))
 
 
 def row_names_of(pipeline: DiTPipeline) -> dict[int, str]:

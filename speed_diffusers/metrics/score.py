@@ -20,9 +20,10 @@ from ..config.schema import option
 from ..data.moments import vae_factor, vae_fingerprint
 from ..errors import InputError, unknown_name
 from ..files import tensors_sha256
-from ..generation.generate import GenerationSettings, generate, lost_rows, row_names_of, speed_pipeline
+from ..generation.generate import GenerationSettings, generate_together, lost_rows, row_names_of, speed_pipeline
 from ..generation.image_files import read_images
 from ..generation.image_set import Manifest
+from ..generation.processes import ALONE, Processes
 from ..version import __version__
 from .clip_score import prompt_of
 from .extractors import FeatureExtractor, load_extractor
@@ -181,6 +182,7 @@ def score_pipeline(
     *,
     protocol: Protocol | None = None,
     description: str = "Scoring",
+    processes: Processes = ALONE,
 ) -> Score:
     """Generates images, classes in turn, and measures them.
 
@@ -190,17 +192,22 @@ def score_pipeline(
             features of the embedded classifier against the embedded reference, which are of Fashion-MNIST at 32x32.
         protocol: From `make_protocol`, where that was called already.
         description: Name of the progress bar.
+        processes: Who generates the images; each measures all of them and returns the same score.
 
     Raises:
         InputError: What cannot be generated or measured so; nothing has been generated.
     """
     settings = settings or ScoreSettings()
     protocol = protocol or make_protocol(pipeline, settings)
-    return score_in_each(pipeline, [(settings, protocol)], description=description)[0]
+    return score_in_each(pipeline, [(settings, protocol)], description=description, processes=processes)[0]
 
 
 def score_in_each(
-    pipeline: DiTPipeline, ways: Sequence[tuple[ScoreSettings, Protocol]], *, description: str = "Scoring"
+    pipeline: DiTPipeline,
+    ways: Sequence[tuple[ScoreSettings, Protocol]],
+    *,
+    description: str = "Scoring",
+    processes: Processes = ALONE,
 ) -> list[Score]:
     """Generates images once, classes in turn, and measures them in the features of several extractors.
 
@@ -208,6 +215,7 @@ def score_in_each(
         pipeline: Any DiT pipeline.
         ways: Settings that differ in extractor, reference and metrics only, each with its protocol.
         description: Name of the progress bar.
+        processes: As in `score_pipeline`.
 
     Returns:
         A score for each.
@@ -220,7 +228,7 @@ def score_in_each(
         row_names_of(pipeline),
         speed_pipeline(pipeline).null_class_id,
     )
-    images = _images(pipeline, classes.labels, shared, description)
+    images = _images(pipeline, classes.labels, shared, description, processes)
     measured = _measure(images, classes, [settings for settings, _ in ways])
     weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
     environment = _environment(pipeline.transformer.device.type, began)
@@ -411,12 +419,14 @@ def _classes_by_name(row_names: Mapping[int, str], classes: Sequence[str]) -> di
 
 
 def _images(
-    pipeline: DiTPipeline, labels: Sequence[int], settings: ScoreSettings, description: str
+    pipeline: DiTPipeline, labels: Sequence[int], settings: ScoreSettings, description: str, processes: Processes
 ) -> Iterator[Tensor]:
     """Batches of generated images, (B, 3, H, W) float32 in [0, 1], under a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
-    batches: Iterator[npt.NDArray[np.float32]] = generate(pipeline, labels, settings)
-    with tqdm(total=len(labels), desc=description, unit="image") as progress:
+    batches: Iterator[npt.NDArray[np.float32]] = generate_together(pipeline, labels, settings, processes)
+    # Nothing where it may show: what is given there, TQDM_DISABLE cannot change.
+    hidden: dict[str, Any] = {"disable": True} if processes.rank else {}
+    with tqdm(total=len(labels), desc=description, unit="image", **hidden) as progress:
         for batch in batches:
             yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
             progress.update(len(batch))

@@ -314,6 +314,29 @@ def check_launcher(environment: Mapping[str, str]) -> None:
         raise InputError(f"The environment has {told}: RANK must lie in [0, WORLD_SIZE).")
 
 
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return environment.get("WORLD_SIZE", "1") not in ("", "-1", "1")
+
+
+def start_process() -> PartialState:
+    """Joins the other processes, if a launcher started several, for what is no training.
+
+    Raises:
+        InputError: The launcher's environment is not whole.
+    """
+    check_launcher(os.environ)
+    # The others wait while one works alone, however long that takes.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise InputError(
+            f"WORLD_SIZE={launched}, but accelerate runs {state.num_processes} process(es); on CPUs launch with: "
+            f"torchrun --nproc_per_node {launched}"
+        )
+    return state
+
+
 def check_same_step(accelerator: Accelerator, checkpoint: Path | None) -> None:
     """Checks that all processes resume from the same checkpoint.
 

@@ -8,12 +8,13 @@ import json
 import logging
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import NamedTuple
 
 from accelerate import Accelerator
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,7 @@ class Ranks:
             if store.add(key, 0) == self.size:
                 return
             if has_gone:
-                rank = store.get(_GONE).decode()
-                raise ConnectionError(f"Rank {rank} has ended at step {self._place.step}; its own message says why.")
+                raise ConnectionError(self._has_ended(store))
             # Rarely once it takes long, for the store is one process.
             time.sleep(min(1.0, 0.01 + (time.monotonic() - self._since) / 20))
             if time.monotonic() - looked > self.timeout:
@@ -151,6 +151,36 @@ class Ranks:
             ending = ""
         verb = "hold" if len(behind) > 1 else "holds"
         return f"{_named(behind)} {verb} up the run at {places[behind[0]]}; others wait at {ahead}.{ending}"
+
+    @contextmanager
+    def naming_who_is_gone(self) -> Iterator[None]:
+        """Lets a collective that fails say which rank has gone: the error itself knows an address at most.
+
+        Raises:
+            ConnectionError: A rank has ended, or gives no sign of life; one line with its number and its last place.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.store is None or not (isinstance(error, DistError) or "gloo" in str(error)):
+                raise
+            who = self._who_is_gone(self.store)
+            if who is None:
+                raise
+            raise ConnectionError(who) from error
+
+    def _who_is_gone(self, store: Store) -> str | None:
+        try:
+            if store.check([_GONE]):
+                return self._has_ended(store)
+            places, silent = self._look_around()
+        except RuntimeError:
+            return f"The rank that keeps the store (0, mostly) has gone; rank {self.rank} is at {self._place}."
+        return _no_sign_of_life(places, silent) if silent else None
+
+    def _has_ended(self, store: Store) -> str:
+        rank = store.get(_GONE).decode()
+        return f"Rank {rank} has ended at step {self._place.step}; its own message says why."
 
     def close(self) -> None:
         """Ends the thread, and tells those who would wait for this rank."""

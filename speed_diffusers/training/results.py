@@ -17,14 +17,14 @@ from ..data.images import find_bad_images
 from ..data.listing import describe_ignored, describe_images
 from ..error_bins import ErrorHistory
 from ..errors import InputError
-from ..files import naming_disk_errors
 from ..generation.export import add_to_sidecar, embedding_row_names, inference_pipeline, save_pipeline
 from ..generation.generate import GenerationSettings, choose_classes, class_samples
+from ..generation.processes import Processes
 from ..metrics import load_extractor, load_reference
 from ..metrics.score import ScoreSettings, check_measurable, score_pipeline
-from ..metrics.score_record import save_score
+from ..metrics.score_record import save_score, score_path
 from ..models import export_transformer
-from ..reports.plots import mosaic, save_class_grid, save_error_map
+from ..reports.plots import save_class_grid, save_error_map
 from ..reports.strategy_report import describe_run
 from ..reports.training_cost import TrainingCost
 from ..variance import LEARNED_RANGE
@@ -39,7 +39,6 @@ from .record import published_config, record_of
 from .run import Inputs, TrainingRun
 from .run_folder import (
     ERRORS_FILE,
-    LOGGING_FOLDER,
     LOSS_FILE,
     METRICS_FILE,
     PIPELINE_FOLDER,
@@ -47,7 +46,8 @@ from .run_folder import (
     SCORES_FOLDER,
     VALIDATION_FOLDER,
 )
-from .tracking import MetricsFile, read_metrics, tracker_options
+from .trackers import History
+from .tracking import MetricsFile, read_metrics, tracked_values
 from .validation import pipeline_validation_loss
 
 
@@ -115,10 +115,31 @@ def tracker_config(config: TrainConfig) -> dict[str, Any]:
 def start_trackers(run: TrainingRun) -> None:
     """Starts the trackers of a run, and tells them its options and where it begins."""
     config = run.config
-    with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
-        run.accelerator.init_trackers(
-            config.tracker_project_name, tracker_config(config), tracker_options(run.first_step)
-        )
+    run.trackers.start(
+        config.tracker_project_name,
+        tracker_config(config),
+        first_step=run.first_step,
+        history=history_of(run),
+        # Options that have changed compute something else.
+        is_another_run=config.allow_config_changes and run.first_step > 0,
+    )
+
+
+def history_of(run: TrainingRun) -> History:
+    """What trackers were to be told until the step that a run resumes from, as its folder has it."""
+    if not run.first_step or not run.accelerator.is_main_process:
+        return History()
+    validation, timesteps = run.output_dir / VALIDATION_FOLDER, run.config.num_train_timesteps
+    lines = _lines_until(run.first_step, run.output_dir / METRICS_FILE)
+    losses = _lines_until(run.first_step, validation / LOSS_FILE)
+    numbers = [(line["step"], tracked_values(line, timesteps)) for line in lines]
+    numbers += [(line["step"], validation_values(line)) for line in losses]
+    steps = {int(path.stem.removeprefix("step-")): path for path in sorted(validation.glob("step-*.png"))}
+    return History(numbers, {step: path for step, path in steps.items() if step <= run.first_step})
+
+
+def _lines_until(step: int, path: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(path) if line["step"] <= step] if path.is_file() else []
 
 
 @labelled("checkpoint")
@@ -194,10 +215,10 @@ def validate(run: TrainingRun, step: int) -> None:
     run.ranks.at(step, "validation")
     pipeline = ema_pipeline(run)
     if run.accelerator.is_main_process:
-        folder = run.output_dir / VALIDATION_FOLDER
-        folder.mkdir(exist_ok=True)
+        (run.output_dir / VALIDATION_FOLDER).mkdir(exist_ok=True)
         save_validation_loss(run, pipeline, step)
-        save_grid(run, pipeline, grid_file(run, step), f"step {step:,}", step)
+    run.ranks.meet()
+    save_grid(run, pipeline, grid_file(run, step), f"step {step:,}", step)
     run.ranks.meet()
 
 
@@ -225,10 +246,17 @@ def save_validation_loss(run: TrainingRun, pipeline: DiTPipeline, step: int) -> 
     levels = {f"{level:g}": error for level, error in loss.by_log_snr.items()}
     path = run.output_dir / VALIDATION_FOLDER / LOSS_FILE
     path.parent.mkdir(exist_ok=True)
-    MetricsFile(path, step - 1).write({"step": step, "validation_loss": loss.mean, "error_by_log_snr": levels})
-    by_level = {f"validation_error/log_snr_{level}": error for level, error in levels.items()}
-    run.accelerator.log({"validation_loss": loss.mean, **by_level}, step=step)
+    is_known = path.is_file() and step in {line["step"] for line in read_metrics(path)}
+    line = {"step": step, "validation_loss": loss.mean, "error_by_log_snr": levels}
+    MetricsFile(path, step - 1).write(line)
+    run.trackers.log(validation_values(line), step, is_known=is_known)
     print(f"Validation loss at step {step:,}: {loss.mean:.4f}.")
+
+
+def validation_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers are told of a line of `validation/loss.jsonl`."""
+    by_level = {f"validation_error/log_snr_{level}": error for level, error in line["error_by_log_snr"].items()}
+    return {"validation_loss": line["validation_loss"], **by_level}
 
 
 def save_results(run: TrainingRun) -> None:
@@ -241,7 +269,7 @@ def save_results(run: TrainingRun) -> None:
     began = time.perf_counter()
     run.ranks.at(run.config.max_train_steps, "results")
     check_finite(run, run.config.max_train_steps, ema_tensors(run))
-    pipeline = ema_pipeline(run)
+    config, pipeline = run.config, ema_pipeline(run)
     if run.accelerator.is_main_process:
         sidecar = {
             "speed_diffusers": __version__,
@@ -249,9 +277,10 @@ def save_results(run: TrainingRun) -> None:
             "training": dataclasses.asdict(record_of(run)),
         }
         save_pipeline(pipeline, run.output_dir / PIPELINE_FOLDER, sidecar)
-        config = run.config
-        title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
-        save_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+    run.ranks.meet()
+    title = f"{config.model}, {config.max_train_steps:,} steps, guidance {config.guidance_scale:g}"
+    save_grid(run, pipeline, run.output_dir / SAMPLES_FILE, title, config.max_train_steps)
+    if run.accelerator.is_main_process:
         save_validation_loss(run, pipeline, config.max_train_steps)
         records = read_metrics(run.output_dir / METRICS_FILE)
         history = ErrorHistory.from_records(records, config.num_train_timesteps)
@@ -261,8 +290,9 @@ def save_results(run: TrainingRun) -> None:
             f"Saved {run.output_dir / PIPELINE_FOLDER} and {run.output_dir / SAMPLES_FILE} "
             f"in {time.perf_counter() - began:.0f} s."
         )
-        if config.num_score_images is not None:
-            save_final_score(run, pipeline)
+    run.ranks.meet()
+    if config.num_score_images is not None:
+        save_final_score(run, pipeline)
     run.ranks.meet()
 
 
@@ -292,13 +322,16 @@ def score_settings(config: TrainConfig, device: torch.device) -> ScoreSettings:
 def save_final_score(run: TrainingRun, pipeline: DiTPipeline) -> None:
     """Scores the result: to `scores/`, into the pipeline's sidecar file, to the trackers and to the screen."""
     step = run.config.max_train_steps
-    score = score_pipeline(pipeline, score_settings(run.config, run.accelerator.device))
+    settings = score_settings(run.config, run.accelerator.device)
+    score = score_pipeline(pipeline, settings, processes=Processes.of_process_group(run.accelerator.device))
+    if not run.accelerator.is_main_process:
+        return
     images_seen = step * run.layout.global_batch
+    is_known = score_path(run.output_dir / SCORES_FOLDER, score.protocol, step).exists()
     save_score(score, run.output_dir / SCORES_FOLDER, step=step, images_seen=images_seen, seconds=run.seconds)
     add_to_sidecar(run.output_dir / PIPELINE_FOLDER, {"score": score.to_dict()})
     numbers = {name: value for name, value in score.values.items() if value is not None}
-    with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
-        run.accelerator.log({f"score/{name}": value for name, value in numbers.items()}, step=step)
+    run.trackers.log({f"score/{name}": value for name, value in numbers.items()}, step, is_known=is_known)
     words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
     print(f"Score: {words} ({score.protocol.in_words()}).")
 
@@ -313,7 +346,7 @@ def ema_pipeline(run: TrainingRun) -> DiTPipeline:
 
 
 def save_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, step: int) -> None:
-    """One row of samples per class."""
+    """One row of samples per class, generated by all processes, each of which must call it."""
     config = run.config
     names = embedding_row_names(run.source.label_names)
     last_row = pipeline.transformer.config.num_embeds_ada_norm
@@ -329,10 +362,9 @@ def save_grid(run: TrainingRun, pipeline: DiTPipeline, path: Path, title: str, s
             seed=config.seed,
             batch_size=config.vae_batch_size,
         ),
+        Processes.of_process_group(run.accelerator.device),
     )
-    save_class_grid(images, list(rows.values()), title, path)
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            sheet = mosaic(images, config.num_validation_images)
-            with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
-                tracker.log_images({"samples": sheet[None]}, step=step, dataformats="NHWC")
+    if run.accelerator.is_main_process:
+        is_known = path.exists()
+        save_class_grid(images, list(rows.values()), title, path)
+        run.trackers.log_picture(path, step, is_known=is_known)

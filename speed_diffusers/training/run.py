@@ -26,6 +26,7 @@ from .feedback import ErrorFeedback
 from .guard import NonFiniteGuard
 from .ranks import Ranks
 from .run_folder import LOGGING_FOLDER
+from .trackers import Trackers
 from .validation import ValidationSet
 
 TrainingScheduler = SpeeDDDPMScheduler | SpeeDFlowMatchEulerDiscreteScheduler
@@ -55,6 +56,7 @@ class TrainingRun:
     config: TrainConfig
     accelerator: Accelerator
     ranks: Ranks
+    trackers: Trackers
     scheduler: TrainingScheduler
     learned_variance: LearnedVariance | None
     feedback: ErrorFeedback | None

@@ -53,11 +53,13 @@ from .results import score_settings, start_trackers
 from .run import Inputs, TrainingRun
 from .run_folder import (
     BAD_IMAGES_FILE,
+    LOGGING_FOLDER,
     check_output_dir,
     check_resumed_config,
     check_steps_left,
     open_output_dir,
 )
+from .trackers import Trackers
 from .tracking import check_trackers, tracker_names
 from .validation import ValidationSet
 
@@ -173,6 +175,7 @@ def start_run(inputs: Inputs) -> TrainingRun:
         config=config,
         accelerator=accelerator,
         ranks=ranks,
+        trackers=Trackers(accelerator, Path(config.output_dir) / LOGGING_FOLDER),
         scheduler=scheduler,
         learned_variance=make_learned_variance(config, scheduler, accelerator.device),
         feedback=feedback,

@@ -12,14 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..error_bins import ERRORS_KEY, SAMPLES_KEY, ErrorBins, means_by_bin
-from ..files import naming_disk_errors
 from ..reports.training_cost import gpu_of_device, model_flops_utilization
 from .guard import describe_images
 from .profiling import labelled
 from .run import TrainingRun
-from .run_folder import LOGGING_FOLDER, METRICS_FILE
+from .run_folder import METRICS_FILE
 from .step import TrainedStep
-from .tracking import MetricsFile
+from .tracking import MetricsFile, tracked_values
 
 
 class StepLog:
@@ -136,12 +135,10 @@ class StepLog:
             values["mfu"] = mfu
         bins = len(binned) // 2
         errors, counts = means_by_bin(binned[:bins], binned[bins:]), [int(count) for count in binned[bins:]]
+        line = {"step": done, **values, ERRORS_KEY: errors, SAMPLES_KEY: counts}
         if self.metrics is not None:
-            self.metrics.write({"step": done, **values, ERRORS_KEY: errors, SAMPLES_KEY: counts})
-        spans = zip(self.bins.edges[:-1], self.bins.edges[1:], errors, strict=True)
-        named = {f"{ERRORS_KEY}/{first:04d}-{end - 1:04d}": mean for first, end, mean in spans if mean is not None}
-        with naming_disk_errors(run.output_dir / LOGGING_FOLDER):
-            run.accelerator.log(values | named, step=done)
+            self.metrics.write(line)
+        run.trackers.log(tracked_values(line, run.config.num_train_timesteps), done)
         shown = {"loss": f"{loss:.4f}", "images/s": f"{values['images_per_second']:,.0f}"}
         self.progress.set_postfix(shown | ({} if mfu is None else {"MFU": f"{mfu:.1%}"}), refresh=False)
         self._start_again()

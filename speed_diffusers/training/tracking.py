@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..error_bins import ERRORS_KEY, ErrorBins
 from ..errors import InputError, unknown_name
 from ..files import naming_disk_errors, write_text
 
@@ -63,14 +64,6 @@ def check_trackers(report_to: Sequence[str], project: str = "") -> None:
             raise InputError(f"report_to={name}: not installed; run: pip install {_PACKAGES.get(name, name)}")
 
 
-def tracker_options(first_step: int) -> dict[str, dict[str, Any]]:
-    """What trackers need to know of a run's first step, by the tracker's name.
-
-    TensorBoard is told to forget the steps that a killed start had logged and this one takes again.
-    """
-    return {"tensorboard": {"purge_step": first_step + 1}}
-
-
 class MetricsFile:
     """A JSON object per line, appended to and flushed at once.
 
@@ -90,6 +83,21 @@ class MetricsFile:
         """Appends one line; values are what JSON takes."""
         with naming_disk_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(dict(values)) + "\n")
+
+
+def tracked_values(line: Mapping[str, Any], num_train_timesteps: int) -> dict[str, float]:
+    """What trackers are told of a line of `metrics.jsonl`: its numbers, and the errors by their ranges of timesteps.
+
+    Args:
+        line: From `read_metrics`.
+        num_train_timesteps: T of the run.
+    """
+    values = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+    edges = ErrorBins(num_train_timesteps).edges
+    for first, end, mean in zip(edges, edges[1:], line.get(ERRORS_KEY, ()), strict=False):
+        if mean is not None:
+            values[f"{ERRORS_KEY}/{first:04d}-{end - 1:04d}"] = mean
+    return values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -178,6 +178,7 @@ def test_a_killed_run_is_held_against_the_other_bit_by_bit(train: Callable[..., 
         (second / "metrics.jsonl", '"seconds": ', '"seconds": 1'),
         (checkpoint / "state.json", str(first), str(second)),
         (second / "config.yaml", str(first), str(second)),
+        (second / "pipeline" / "speed_training.json", '"seconds": ', '"seconds": 1'),
     ):
         change(path, old, new)
     assert kills.differences(first, second) == [], "times and folders may differ"

@@ -1,8 +1,6 @@
 """A model sharded by FSDP2, as far as CPUs can show it."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from forked import forking, run_options
 from run_outputs import final_tensors, metrics
 from speed_diffusers.errors import InputError
 from speed_diffusers.models import build_dit, export_transformer
@@ -22,8 +21,6 @@ from speed_diffusers.training import parts
 from speed_diffusers.training.checkpoints import full_tensors
 from speed_diffusers.training.config import TrainConfig
 from tiny_run import DIT, Run
-
-TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -67,29 +64,15 @@ def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
 ) -> None:
     short = ["max_train_steps=4", "checkpointing_steps=2", "lr_warmup_steps=1", "num_validation_images=1"]
     alone = train(tmp_path / "alone", *short)
-    given = ("output_dir", "train_batch_size", *(option.split("=")[0] for option in short))
-    kept = [option for option in tiny_options if not option.startswith(given)] + short[1:]
     runs = {
-        "sharded": ["train_batch_size=2", "max_train_steps=4"],
-        "taken-over": ["train_batch_size=1", "max_train_steps=4", f"resume_from_checkpoint={alone / 'checkpoint-2'}"],
+        "sharded": ["train_batch_size=2"],
+        "taken-over": ["train_batch_size=1", f"resume_from_checkpoint={alone / 'checkpoint-2'}"],
         "bf16": ["train_batch_size=2", "max_train_steps=1", "mixed_precision=bf16"],
     }
-    command = [sys.executable, str(TESTS / "sharded_training.py"), str(tmp_path)]
-    for name, options in runs.items():
-        command += [*kept, f"output_dir={tmp_path / name}", *options, "--"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    ranks = []
-    for rank in ("0", "1"):
-        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command[:-1], env=own, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in ranks:
-            process.kill()
+    with forking() as forker:
+        for name, options in runs.items():
+            command = run_options(run_options(tiny_options, tmp_path / name, *short), tmp_path / name, *options)
+            forker.run(tmp_path / "output", command, size=2, changes=["sharded"])
     back = train(tmp_path / "back", *short, f"resume_from_checkpoint={tmp_path / 'sharded' / 'checkpoint-2'}")
     expected = final_tensors(alone, 4)
     for folder in (tmp_path / "sharded", tmp_path / "taken-over", back):
@@ -112,3 +95,10 @@ def test_what_fsdp_would_do_harm_to_is_refused(monkeypatch: pytest.MonkeyPatch) 
         parts.make_accelerator(TrainConfig(prediction_type="flow_prediction"))
     with pytest.raises(InputError, match="optimizer=muon: works on whole matrices, which FSDP shards"):
         parts.make_accelerator(TrainConfig(optimizer="muon"))
+
+
+def test_deepspeed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(mixed_precision="bf16", distributed_type=DistributedType.DEEPSPEED, num_processes=1)
+    monkeypatch.setattr(parts, "Accelerator", lambda **options: made)
+    with pytest.raises(InputError, match=r"^DeepSpeed is not supported; .* take accelerate_configs/fsdp2.yaml\.$"):
+        parts.make_accelerator(TrainConfig())
