@@ -20,6 +20,19 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from loopback_hub import LoopbackHub, running_hub  # noqa: E402
+from nightly_result import NightlyResult  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets the outcome of the tests that take minutes be kept; see docs/reliability.md."""
+    parser.addoption("--nightly-result", metavar="FILE", help="write the outcome of the tests marked nightly as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps the outcome where it is asked for, by the process that collects it from the others."""
+    file = config.getoption("--nightly-result")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(NightlyResult(Path(file)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,55 @@
+"""The outcome of the tests that take minutes, as a file to commit."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "safetensors", "tensorboard")
+
+
+class NightlyResult:
+    """A plugin that writes JSON at the end: date, commit, versions, and of each test outcome, seconds and numbers.
+
+    What the file holds of other tests at the same commit stays.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.nodeid.startswith("tests/nightly/"):
+            return
+        test = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        test["seconds"] = round(test["seconds"] + report.duration, 1)
+        if report.outcome != "passed":
+            test["outcome"] = report.outcome
+        test["numbers"] = dict(report.user_properties)
+
+    def pytest_sessionfinish(self) -> None:
+        short = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = short.stdout.strip() or "unknown"
+        known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        if known.get("commit") == commit:
+            # They may be run one after the other.
+            self.tests = {test["name"]: test for test in known["tests"]} | self.tests
+        result = {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "commit": commit,
+            "machine": f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}",
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "tests": sorted(self.tests.values(), key=lambda test: str(test["name"])),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
