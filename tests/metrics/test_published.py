@@ -364,18 +364,18 @@ def test_all_of_them_in_one_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from speed_diffusers.generation import generate
+    from speed_diffusers.generation.generate import generate_together
     from speed_diffusers.metrics.score_record import load_scores
     from speed_diffusers.train_scripts import evaluate
 
     monkeypatch.chdir(tmp_path)
     counts: list[int] = []
 
-    def counting(pipeline: Any, rows: Sequence[int], settings: Any) -> Any:
+    def counting(pipeline: Any, rows: Sequence[int], *settings: Any) -> Any:
         counts.append(len(rows))
-        return generate(pipeline, rows, settings)
+        return generate_together(pipeline, rows, *settings)
 
-    monkeypatch.setattr("speed_diffusers.metrics.score.generate", counting)
+    monkeypatch.setattr("speed_diffusers.metrics.score.generate_together", counting)
     images = images_of(10, 32, 9)
     rng = np.random.default_rng(0)
     np.savez(

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from speed_diffusers.assets import EMBEDDED_CLASSIFIER
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import tensors_sha256
-from speed_diffusers.generation import GenerationSettings, generate, load_pipeline
+from speed_diffusers.generation import load_pipeline
+from speed_diffusers.generation.generate import generate_together
 from speed_diffusers.generation.image_set import Manifest
 from speed_diffusers.metrics import load_extractor, load_npz_reference, load_reference, save_statistics
 from speed_diffusers.metrics.protocol import protocol_differences
@@ -56,11 +57,11 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of images of every generation."""
     counts: list[int] = []
 
-    def counting(pipeline: DiTPipeline, rows: Sequence[int], settings: GenerationSettings) -> Iterator[Any]:
+    def counting(pipeline: DiTPipeline, rows: Sequence[int], *settings: Any) -> Iterator[Any]:
         counts.append(len(rows))
-        return generate(pipeline, rows, settings)
+        return generate_together(pipeline, rows, *settings)
 
-    monkeypatch.setattr("speed_diffusers.metrics.score.generate", counting)
+    monkeypatch.setattr("speed_diffusers.metrics.score.generate_together", counting)
     return counts
 
 
