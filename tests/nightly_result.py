@@ -31,9 +31,9 @@ class NightlyResult:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith("tests/nightly/"):
             return
-        test = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        test = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "interrupted", "seconds": 0.0})
         test["seconds"] = round(test["seconds"] + report.duration, 1)
-        if report.outcome != "passed":
+        if report.when == "call" or report.outcome != "passed":
             test["outcome"] = report.outcome
         test["numbers"] = dict(report.user_properties)
 
