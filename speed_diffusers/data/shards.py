@@ -210,7 +210,8 @@ class ParquetShards(Shards):
         file, metadata = self.files[stretch.file], self.footer(stretch.file).metadata
         whole = stretch.num_bytes <= WHOLE_BYTES
         options = {} if whole else {"cache_type": "readahead", "block_size": BATCH_BYTES}
-        groups, names = list(range(stretch.begin, stretch.end)), list(columns)
+        groups, skip, left = _groups_with(metadata, stretch, skip)
+        names = list(columns)
         with ExitStack() as stack:
             opened = stack.enter_context(self._open(file, **options))
             buffer_size = 0 if whole else BATCH_BYTES
@@ -227,7 +228,6 @@ class ParquetShards(Shards):
                     use_threads=False,
                 )
                 tables = (pa.Table.from_batches([batch]) for batch in batches)
-            left = stretch.rows
             for table in tables:
                 used = table.slice(min(skip, table.num_rows), max(0, left - skip))
                 skip, left = max(0, skip - table.num_rows), left - table.num_rows
@@ -353,6 +353,19 @@ class ArrowShards(Shards):
     def key(self) -> str:
         """See `Shards.key`: what `datasets` has saved with the set."""
         return str(self.dataset._fingerprint)
+
+
+def _groups_with(metadata: pq.FileMetaData, stretch: Stretch, skip: int) -> tuple[list[int], int, int]:
+    """The row groups of a stretch that hold rows from `skip` on; of their rows, how many to skip, and to go up to."""
+    groups, first, dropped = [], 0, 0
+    for group in range(stretch.begin, stretch.end):
+        behind = first + metadata.row_group(group).num_rows
+        if behind <= skip:
+            dropped = behind
+        elif first < stretch.rows:
+            groups.append(group)
+        first = behind
+    return groups, skip - dropped, stretch.rows - dropped
 
 
 def _compressed_size(group: pq.RowGroupMetaData) -> int:

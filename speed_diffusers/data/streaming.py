@@ -29,6 +29,9 @@ SPREAD_OVER = 64
 RECENT = 4
 """Stretches that are kept when rows are asked for one by one."""
 
+FIRST_READ = 64
+"""Rows of a stretch that are read then, twice as many when a later one is asked for."""
+
 RULE = "stream 1:"
 """Begins the signature of a stream."""
 
@@ -147,7 +150,7 @@ class StreamSource(ImageRows):
         return InputError(f"Cannot read '{place}': {' '.join(str(error).split()) or type(error).__name__}.")
 
     def _encoded(self, row: int) -> EncodedImage:
-        """One row by its number; its stretch is read up to it, or whole where that is soon done, and then kept."""
+        """One row by its number; its stretch is read up to it and somewhat further, and then kept if it is small."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -155,10 +158,13 @@ class StreamSource(ImageRows):
         with self._lock:
             if stretch.num_bytes > WHOLE_BYTES:
                 return next(self.read(stretch, begin, row))[0]
-            if number not in self._recent:
-                images = [image for some in self.read(stretch, begin, begin) for image in some]
-                self._recent = dict([*self._recent.items()][1 - RECENT :]) | {number: images}
-            return self._recent[number][row - begin]
+            held = self._recent.get(number, [])
+            if row - begin >= len(held):
+                count = min(stretch.rows, max(FIRST_READ, 2 * len(held), row - begin + 1))
+                held = [image for some in self.read(stretch._replace(rows=count), begin, begin) for image in some]
+                others = {index: images for index, images in self._recent.items() if index != number}
+                self._recent = dict([*others.items()][1 - RECENT :]) | {number: held}
+            return held[row - begin]
 
     def image(self, row: int) -> dict[str, object] | None:
         """The undecoded image of a row, {"bytes", "path"}."""
@@ -171,16 +177,20 @@ class StreamSource(ImageRows):
     def spread(self, count: int) -> list[int]:
         """At most so many rows, from stretches that are spread over all, as many as `SPREAD_OVER` if need be more."""
         count = min(count, len(self))
-        chosen = np.unique(np.linspace(0, len(self.stretches) - 1, SPREAD_OVER).round().astype(int)).tolist()
+        chosen = np.unique(
+            np.linspace(0, len(self.stretches) - 1, min(SPREAD_OVER, count)).round().astype(int)
+        ).tolist()
         sizes = [self.stretches[index].rows for index in chosen]
         if sum(sizes) < count:
             rows: list[int] = np.linspace(0, len(self) - 1, count, dtype=int).tolist()
             return rows
-        numbers = np.linspace(0, sum(sizes) - 1, count, dtype=int)
-        offsets = np.cumsum(sizes) - sizes
-        places = np.searchsorted(offsets, numbers, side="right") - 1
-        found: list[int] = (self.starts[np.array(chosen)[places]] + numbers - offsets[places]).tolist()
-        return found
+        # The first ones of each, so that no more than their row groups are read.
+        kept = _capped(np.array(sizes), count)
+        return [
+            int(self.starts[index]) + row
+            for index, rows in zip(chosen, kept.tolist(), strict=True)
+            for row in range(rows)
+        ]
 
     @cached_property
     def _key(self) -> str:
@@ -268,16 +278,22 @@ def _some(stretches: list[Stretch], limit: int | None) -> list[Stretch]:
     rows = np.array([stretch.rows for stretch in stretches])[shuffled]
     enough = int(np.searchsorted(np.cumsum(rows), limit)) + 1
     rows = rows[: min(max(enough, SPREAD_OVER), limit)]
-    # The least cap that leaves enough; the last stretches give back what is too much.
+    rows = _capped(rows, limit)
+    kept = sorted(zip(shuffled.tolist(), rows.tolist(), strict=False))
+    return [stretches[index]._replace(rows=count) for index, count in kept if count]
+
+
+def _capped(rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """As many of each as there are, but up to a cap, so that they are `count` in all."""
+    # The least cap that leaves enough; the last ones give back what is too much.
     low, high = 1, int(rows.max())
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if np.minimum(rows, middle).sum() >= limit else (middle + 1, high)
+        low, high = (low, middle) if np.minimum(rows, middle).sum() >= count else (middle + 1, high)
     rows = np.minimum(rows, low)
     capped = np.flatnonzero(rows == low)
-    rows[capped[len(capped) - (int(rows.sum()) - limit) :]] -= 1
-    kept = sorted(zip(shuffled.tolist(), rows.tolist(), strict=False))
-    return [stretches[index]._replace(rows=count) for index, count in kept if count]
+    rows[capped[len(capped) - (int(rows.sum()) - count) :]] -= 1
+    return rows
 
 
 def _classes(shards: Shards, column: str) -> tuple[list[str], dict[str, int] | None]:
