@@ -7,7 +7,9 @@ file that is cut short, or a share that is gone, is an error to catch and not th
 
 A checksum covers a shard's header, labels, bad images and the checksums of its rows, and is verified when the shard is
 first used; a row's checksum covers its moments and is verified each time the row is read. One checksum over a whole
-shard would make the first steps of a training, whose rows come from all shards, read the whole cache in each process.
+shard would make the first steps of a training, whose rows come from all shards, read the whole cache in each process:
+5 s for 4.1 GB that lie in memory (benchmarks/latent_cache), and 21 GB of ImageNet from a disk. Of a row that is read
+anyway it costs 5 microseconds for 16 KB.
 """
 
 import json
