@@ -316,6 +316,9 @@ def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
     assert f"{by_clock[0]} times as fast as the baseline, and {by_clock[1]} times with the baseline at" in benchmarks
     assert f"takes {step['ratio']:.2f} times as long" in readme
     assert f"saves {by_clock[0]} times by the clock" in readme
+    cosine = ratio("fast_cosine", "uniform_epsilon_tuned_cosine")
+    assert f"it needs {cosine.mean:.1f} times fewer steps than 3,000 of the baseline at its best rate" in readme
+    assert ("one seed, it needs" in readme) == (len(cosine.per_seed) == 1)
     assert f"own part is {ratio('paper_epsilon', 'uniform_epsilon').mean:.2f} with epsilon" in readme
     pairs = (("paper_v", "uniform_v"), ("paper_v_unit", "uniform_v_unit"), ("paper_v_fast", "uniform_v_fast"))
     by_share = [ratio(*pair, share).mean for pair in pairs for share in FACTOR_SHARES]
