@@ -75,24 +75,25 @@ def train(run: TrainingRun, stop: StopRequest) -> int | None:
     Returns:
         None, or the number of the signal that stopped it; its state is saved then.
     """
-    config, log = run.config, StepLog(run)
-    with log.paused():
-        validate_missed(run)
-    for step in training_steps(run):
-        log.add(step)
-        if step.is_last or step.done % config.logging_steps == 0:
-            log.write(step)
-        stopped_by = stop.look(run, step.done)
+    config = run.config
+    with StepLog(run) as log:
         with log.paused():
-            if stopped_by or config.saves_at(step.done):
-                log.stop_if_not_finite()
-                save_state(run, step.done, log.state_dict())
-            if stopped_by:
-                log.close(f"Stopped at step {step.done}; resume with resume_from_checkpoint=latest.")
-                return stopped_by
-            if config.validation_steps and step.done % config.validation_steps == 0:
-                validate(run, step.done)
-    log.close()
+            validate_missed(run)
+        for step in training_steps(run):
+            log.add(step)
+            if step.is_last or step.done % config.logging_steps == 0:
+                log.write(step)
+            stopped_by = stop.look(run, step.done)
+            with log.paused():
+                if stopped_by or config.saves_at(step.done):
+                    log.stop_if_not_finite()
+                    save_state(run, step.done, log.state_dict())
+                if stopped_by:
+                    log.close(f"Stopped at step {step.done}; resume with resume_from_checkpoint=latest.")
+                    return stopped_by
+                if config.validation_steps and step.done % config.validation_steps == 0:
+                    validate(run, step.done)
+        log.close()
     return None
 
 

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import gather_object
@@ -49,6 +49,13 @@ class StepLog:
         self._start_again()
         if run.log is not None:
             self._load_state_dict(run.log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # So that the line of an error does not stand behind the bar.
+        self.progress.close()
 
     def _start_again(self) -> None:
         self.sums.zero_()
