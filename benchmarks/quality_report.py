@@ -80,7 +80,7 @@ def write_report(folder: Path) -> str:
         for baseline in BASELINES:
             measured = sorted({step for curve in cosine if curve.arm == baseline + COSINE for step in curve.points})
             parts.append(ratios(cosine, score, baseline + COSINE, [step / max(measured) for step in measured]))
-    table = "\n\n".join([*filter(None, parts), harm(curves, score)])
+    table = "\n\n".join([*filter(None, parts), harm(curves, score), errors(curves)])
     (folder / "table.md").write_text(table + "\n")
     return table
 
@@ -195,6 +195,26 @@ def harm(curves: Sequence[Curve], score: str) -> str:
     for arm in arms_of(curves):
         step = max(max(curve.points) for curve in curves if curve.arm == arm)
         lines.append(f"| {arm} | {step:,} | {' | '.join(_mean(curves, arm, step, name) for name in names)} |")
+    return "\n".join(lines)
+
+
+def errors(curves: Sequence[Curve]) -> str:
+    """What the strategies do to each noise level: the validation loss at the ends of runs, level by level."""
+    lasts = [curve.points[max(curve.points)] for curve in curves]
+    levels = sorted({level for last in lasts for level in last.get("error_by_log_snr", {})}, key=float)
+    lines = [
+        "**Mean squared error of the velocity on held-out images by log SNR**, at the end of each arm's runs, mean "
+        "over the seeds. The lower the log SNR, the more noise; predicting zero gives about 1.",
+        "",
+        "| arm | steps | " + " | ".join(levels) + " |",
+        "|---|---|" + "---|" * len(levels),
+    ]
+    for arm in arms_of(curves):
+        step = max(max(curve.points) for curve in curves if curve.arm == arm)
+        ends = [curve.points[step] for curve in curves if curve.arm == arm and step in curve.points]
+        known = [end["error_by_log_snr"] for end in ends if "error_by_log_snr" in end]
+        cells = [f"{np.mean([error[level] for error in known]):.3f}" if known else "" for level in levels]
+        lines.append(f"| {arm} | {step:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

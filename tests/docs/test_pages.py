@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, UNet2DModel
@@ -319,6 +320,14 @@ def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
     cosine = ratio("fast_cosine", "uniform_epsilon_tuned_cosine")
     assert f"it needs {cosine.mean:.1f} times fewer steps than 3,000 of the baseline at its best rate" in readme
     assert ("one seed, it needs" in readme) == (len(cosine.per_seed) == 1)
+    ends = {arm: [curve for curve in curves if curve.arm == arm] for arm in ("fast", "uniform_epsilon")}
+
+    def at_the_end(arm: str, score: str) -> float:
+        return float(np.mean([curve.points[max(curve.points)][score] for curve in ends[arm]]))
+
+    for score in ("precision", "recall"):
+        low_high = f"({at_the_end('fast', score):.2f} against {at_the_end('uniform_epsilon', score):.2f})"
+        assert re.search(rf"{score} (is )?(higher|lower) {re.escape(low_high)}", readme), low_high
     assert f"own part is {ratio('paper_epsilon', 'uniform_epsilon').mean:.2f} with epsilon" in readme
     pairs = (("paper_v", "uniform_v"), ("paper_v_unit", "uniform_v_unit"), ("paper_v_fast", "uniform_v_fast"))
     by_share = [ratio(*pair, share).mean for pair in pairs for share in FACTOR_SHARES]
