@@ -164,7 +164,7 @@ def cost(work: Callable[[], object]) -> Cost:
     """What it costs to do something once."""
     clock, processor = time.perf_counter(), time.process_time()
     work()
-    return Cost(round(time.perf_counter() - clock, 3), round(time.process_time() - processor, 3))
+    return Cost(round(time.perf_counter() - clock, 6), round(time.process_time() - processor, 6))
 
 
 def peak_memory() -> float:
