@@ -123,7 +123,7 @@ def generate_together(
         processes: Who generates.
 
     Raises:
-        As `generate`.
+        InputError, FloatingPointError: As `generate`.
 
     Yields:
         As `generate`.
