@@ -1,5 +1,6 @@
 """The training script on a tiny run: what it leaves, what it keeps to, and that it overwrites nothing."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from run_outputs import final_tensors, metrics, run_folder
 from speed_diffusers.config.load import load_config
 from speed_diffusers.errors import InputError
+from speed_diffusers.train_scripts import train_dit_speed
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR, main
 from speed_diffusers.training.checkpoint_folders import list_checkpoints
 from speed_diffusers.training.config import TrainConfig
@@ -209,3 +211,16 @@ def test_parameters_that_are_not_finite_are_neither_saved_nor_exported(tiny_opti
         main([*kept, "learning_rate=1e39", "lr_warmup_steps=0", "max_train_steps=1"])
     assert not list_checkpoints(run_folder(tiny_options))
     assert not (run_folder(tiny_options) / "pipeline").exists()
+
+
+def test_an_error_does_not_stand_behind_the_progress_bar(
+    tiny_options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_dit_speed, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(tiny_options)
+    bar = capsys.readouterr().err
+    assert "Training:" in bar and bar.endswith("\n")
