@@ -220,7 +220,7 @@ def test_an_error_does_not_stand_behind_the_progress_bar(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(train_dit_speed, "save_state", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as kept:  # with its frames, and what they hold
         main(tiny_options)
     bar = capsys.readouterr().err
-    assert "Training:" in bar and bar.endswith("\n")
+    assert "Training:" in bar and bar.endswith("\n") and kept.tb is not None
