@@ -58,10 +58,10 @@ def test_the_benchmark_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [path.name for path in tmp_path.iterdir()] == ["results"], "the data is gone"
 
 
-def test_the_committed_run_keeps_the_goals_that_hang_on_no_load() -> None:
+def test_the_committed_run_keeps_all_goals_but_the_rate() -> None:
     result = json.loads(COMMITTED.read_text())
     assert result["protocol"]["small_rows"] == 10_000 and result["protocol"]["large_rows"] == 1_000_000
     assert result["start_up"]["images"] == 1_281_167
     found, goals = check(result), result["goals"]
     assert goals == latent_cache.GOALS
-    assert all(found[name] <= goals[name] for name in ("memory_rise_mb", "seek_seconds"))
+    assert all(found[name] <= goals[name] for name in ("memory_rise_mb", "seek_seconds", "start_up_seconds"))
