@@ -16,7 +16,6 @@ on batch_size, on how many processes there are, or on a stop; generated.json say
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiTPipeline
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from speed_diffusers.assets import EMBEDDED
@@ -50,13 +48,14 @@ from speed_diffusers.generation.image_files import (
     to_bytes,
 )
 from speed_diffusers.generation.image_set import FORMATS, LABELS, ImageSet, Manifest, is_image_set
+from speed_diffusers.hardware import processor
+from speed_diffusers.locks import LOCK_FILE, lock_output_dir
 from speed_diffusers.training.parts import start_process
 from speed_diffusers.training.snapshots import load_latest, warn_of_untrained_guidance
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def describe(config: GenerateConfig, pipeline: DiTPipeline, device: torch.device
 
 def environment_of(device: torch.device) -> dict[str, str]:
     """Versions and device, on which the last bit of an image may depend."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "device": name}
 
 
@@ -164,18 +163,14 @@ def locked(folder: Path) -> Iterator[None]:
     """
     if folder.is_dir() and not is_image_set(folder) and any(each.name != LOCK_FILE for each in folder.iterdir()):
         raise InputError(f"output_dir={folder}: the folder holds other files; take an empty one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"output_dir={folder} is being written by another process.") from error
+    lock = lock_output_dir(folder)
     try:
         yield
     finally:
         # Removed while it is held, so that it is nobody else's.
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        lock.release()
+        if lock is not None:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
 
 
 def open_folder(folder: Path, wanted: Manifest, *, overwrite: bool) -> None:

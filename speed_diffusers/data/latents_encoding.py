@@ -5,7 +5,6 @@ beginning at a place of its own, and holds a lock on the one it is at. The syste
 dies, so what it was at is taken by another; a run that starts later helps.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import remove_unfinished
+from ..locks import take_lock
 from .bad_images import BadImage, BadImages
 from .decode import UnreadableImage
 from .images import ImageSource
@@ -50,8 +50,6 @@ SECONDS_BEFORE_TELLING = 30.0
 SECONDS_TO_WAIT = 600.0
 """For a shard that another process encodes; then it is encoded here too, for the other may be stopped or hang."""
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
-"""What a file system answers that knows no locks."""
 
 _Loaded = tuple[npt.NDArray[np.uint8], int, list[BadImage]]
 
@@ -334,20 +332,13 @@ def _lock(file: Path, *, wait: bool = False) -> Iterator[bool | None]:
         True; False where another process holds it; None where the file system knows no locks. Two processes may then
         encode the same shard, and the second replaces the first's bytes by the same ones.
     """
-    lock = FileLock(file)
-    held: bool | None = True
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock = take_lock(file, wait=wait)
     except Timeout:
-        held = False
-    except NotImplementedError:
-        held = None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        held = None
+        yield False
+        return
     try:
-        yield held
+        yield None if lock is None else True
     finally:
-        if held:
+        if lock is not None:
             lock.release()

@@ -1,19 +1,18 @@
 """The folder of a run: what it may be, whether a run may be resumed in it, and what is put there first."""
 
-import errno
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..config.load import config_dict, load_config, save_config
 from ..config.schema import default_of
 from ..errors import InputError
 from ..files import check_writable, remove, remove_unfinished, write_text
+from ..locks import lock_output_dir
 from .checkpoint_folders import (
     STATE,
     find_checkpoint,
@@ -26,8 +25,6 @@ from .checkpoints import read_state
 from .config import TrainConfig
 from .ema_tracks import SNAPSHOTS_FOLDER, remove_later_snapshots
 
-logger = logging.getLogger(__name__)
-
 CONFIG_FILE = "config.yaml"
 LABEL_NAMES_FILE = "label_names.json"
 METRICS_FILE = "metrics.jsonl"
@@ -36,14 +33,10 @@ SAMPLES_FILE = "samples.png"
 ERRORS_FILE = "error_by_timestep.png"
 PIPELINE_FOLDER = "pipeline"
 RELEASE_FOLDER = "release"
-LOCK_FILE = ".lock"
 VALIDATION_FOLDER = "validation"
 LOSS_FILE = "loss.jsonl"
 LOGGING_FOLDER = "logs"
 SCORES_FOLDER = "scores"
-
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
-"""What a file system answers that grants no locks: NFS without its daemon, some FUSE and SMB."""
 
 
 def is_run(folder: Path) -> bool:
@@ -181,8 +174,7 @@ def open_output_dir(
         InputError: Another process writes to the folder.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _locked(folder)
+    lock = lock_output_dir(folder)
     remove_leftovers(folder)
     remove_unfinished(
         folder, PIPELINE_FOLDER, RELEASE_FOLDER, SAMPLES_FILE, ERRORS_FILE, METRICS_FILE, LABEL_NAMES_FILE, CONFIG_FILE
@@ -202,20 +194,6 @@ def open_output_dir(
     # Before the configuration, which makes the folder a run.
     write_text(folder / LABEL_NAMES_FILE, json.dumps(label_names, ensure_ascii=False, indent=1))
     save_config(repeatable(config, accumulation), folder / CONFIG_FILE)
-    return lock
-
-
-def _locked(folder: Path) -> FileLock | None:
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"output_dir={folder} is being written by another process.") from error
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        logger.warning("output_dir=%s: no locks there (%s); see to it that no other run writes to it.", folder, error)
-        return None
     return lock
 
 

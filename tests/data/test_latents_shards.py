@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from speed_diffusers import locks
 from speed_diffusers.data import latents as latents_module
 from speed_diffusers.data import latents_encoding, latents_shard
 from speed_diffusers.data.images import ImageSource, collate, from_dataset
@@ -399,7 +400,7 @@ def test_where_no_locks_are_the_shards_are_the_same(
         def release(self) -> None:
             pass
 
-    monkeypatch.setattr(latents_encoding, "FileLock", NoLock)
+    monkeypatch.setattr(locks, "FileLock", NoLock)
     with ThreadPoolExecutor(2) as runs:
         for latents in runs.map(lambda rank: make(rank=rank, num_processes=2), range(2)):
             assert contents(latents.folder) == whole
