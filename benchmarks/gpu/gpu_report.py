@@ -52,36 +52,38 @@ def table(results: dict[str, Any]) -> str:
     if rows:
         lines += [
             "",
-            "| model | by | precision | batch | ms/step | images/s | model TFLOP/s | MFU | peak GiB | host ms |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| model | by | precision | batch | latents | ms/step | images/s | TFLOP/s | MFU | peak GiB | host ms |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
     for who, row in sorted(rows, key=lambda each: (each[1]["model"], each[0] != "this package")):
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_of']})"
         memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
         host = f"{row['host_milliseconds']:.1f}" if "host_milliseconds" in row else ""
         lines.append(
-            f"| {row['model']} | {who} | {row['precision']} | {row['batch_size']} | {row['milliseconds']:.1f} | "
-            f"{row['images_per_second']:,.1f} | {row['model_tflops_per_second']:,.2f} | {mfu} | {memory} | {host} |"
+            f"| {row['model']} | {who} | {row['precision']} | {row['batch_size']} | {latents(row)} | "
+            f"{row['milliseconds']:.1f} | {row['images_per_second']:,.1f} | "
+            f"{row['model_tflops_per_second']:,.2f} | {mfu} | {memory} | {host} |"
         )
     lines += [*ratios(rows), *profiles(results), *tests(results), *failures(results)]
     return "\n".join(lines)
 
 
 def ratios(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Our fastest images per second over those of each reference loop, with the same model and batch size."""
+    """Our fastest images per second over those of each reference loop, with the same model, batch size and latents."""
     lines = []
     for who, theirs in rows:
         ours = [
             row
             for name, row in rows
-            if name == "this package" and all(row[key] == theirs[key] for key in ("model", "batch_size"))
+            if name == "this package" and all(row[key] == theirs[key] for key in ("model", "batch_size", "in_loop"))
         ]
         if who != "this package" and ours:
             best = max(ours, key=lambda row: row["images_per_second"])
             ratio = best["images_per_second"] / theirs["images_per_second"]
             lines.append(
-                f"{theirs['model']}, {theirs['batch_size']} images a step: this package in {best['precision']} trains "
-                f"on {ratio:.2f} times as many images a second as {who}'s own loop in {theirs['precision']}."
+                f"{theirs['model']}, {theirs['batch_size']} images a step, {latents(theirs)} latents: "
+                f"this package in {best['precision']} trains on {ratio:.2f} times as many images a second as "
+                f"{who}'s own loop in {theirs['precision']}."
             )
     return ["", *lines] if lines else []
 
@@ -133,7 +135,7 @@ def save_picture(results: dict[str, Any], path: Path) -> None:
     for axes, model in zip(panels, models, strict=True):
         own = [(who, row) for who, row in rows if row["model"] == model]
         colours = [COLOURS[row["precision"]] if who == "this package" else "0.6" for who, row in own]
-        names = [f"{who}, {row['precision']}, {row['batch_size']}" for who, row in own]
+        names = [f"{who}, {row['precision']}, {row['batch_size']}{', VAE' * row['in_loop']}" for who, row in own]
         bars = axes.barh(range(len(own)), [row["images_per_second"] for _, row in own], color=colours)
         axes.bar_label(bars, [label(row) for _, row in own], padding=3, fontsize=8)
         axes.set_yticks(range(len(own)), names, fontsize=8)
@@ -141,9 +143,14 @@ def save_picture(results: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.3)
         axes.set_title(model, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("images per second, cached latents of 4x32x32")
+    panels[-1].set_xlabel("images per second, latents of 4x32x32: cached, or encoded in the step (VAE)")
     figure.suptitle(f"Training steps on {results['device']['name']}", fontsize=10)
     figure.savefig(path, format="png")
+
+
+def latents(row: dict[str, Any]) -> str:
+    """Where the latents of a step come from: "cached" or "encoded"."""
+    return "encoded" if row["in_loop"] else "cached"
 
 
 def label(row: dict[str, Any]) -> str:

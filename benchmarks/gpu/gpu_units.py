@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from latent_runs import CHANNELS, CLASSES, SIDE, latent_run_config, with_model
+from latent_runs import CHANNELS, CLASSES, SIDE, image_run_options, latent_run_config, with_model
 from measurement import ROOT
-from reference_loops import DIT, FAST_DIT, README_PRECISION, ReferenceLoop
+from reference_loops import DIT, FAST_DIT, README_PRECISION, Encoding, ReferenceLoop
 from speed_diffusers.models import dit_config
 from speed_diffusers.reports.training_cost import gpu_of_device, model_flops_utilization, training_flops
 from speed_diffusers.training.profiling import PARTS, part_times
@@ -26,6 +27,8 @@ from speed_diffusers.training.setup import temporary_run
 from speed_diffusers.training.step import TrainedStep, training_steps
 from speed_diffusers.training.step_log import StepLog
 
+IN_LOOP = " with VAE"
+"""Stands behind the name of a unit whose steps encode their images."""
 BF16_COMPILE, BF16, TF32 = PRECISIONS = ("bf16+compile", "bf16", "tf32")
 TESTS_DEVICE = "SPEED_DIFFUSERS_GPU_TESTS_DEVICE"
 """The environment variable by which the tests marked `gpu` are told another device than CUDA's."""
@@ -61,6 +64,10 @@ class Scale:
         profiled: Models that are profiled.
         num_images: Images of the data.
         compile_backend: Of `torch.compile`.
+        in_loop: Model, batch size and precisions of the steps that encode their images, ours and DiT's.
+        autoencoder: Widths of the autoencoder in the loop.
+        num_files: JPEG files that it encodes.
+        loading_workers: Processes that decode them.
     """
 
     batch_sizes: dict[str, dict[str, tuple[int, ...]]]
@@ -71,6 +78,10 @@ class Scale:
     profiled: str
     num_images: int
     compile_backend: str
+    in_loop: tuple[str, int, tuple[str, ...]]
+    autoencoder: tuple[int, ...]
+    num_files: int
+    loading_workers: int
 
 
 ON_CUDA = Scale(
@@ -87,6 +98,10 @@ ON_CUDA = Scale(
     profiled="DiT-XL/2",
     num_images=2048,
     compile_backend="inductor",
+    in_loop=("DiT-XL/2", 64, (TF32, BF16_COMPILE)),
+    autoencoder=(128, 256, 512, 512),
+    num_files=512,
+    loading_workers=8,
 )
 ON_CPU = Scale(
     batch_sizes={"DiT-tiny/8": {BF16_COMPILE: (4, 2), BF16: (2,), TF32: (4,)}, "DiT-tiny/4": {TF32: (2,)}},
@@ -97,6 +112,10 @@ ON_CPU = Scale(
     profiled="DiT-tiny/8",
     num_images=16,
     compile_backend="aot_eager",
+    in_loop=("DiT-tiny/8", 2, (TF32,)),
+    autoencoder=(4, 4, 4, 4),
+    num_files=8,
+    loading_workers=0,
 )
 """All of the suite in small; its figures say nothing."""
 
@@ -108,21 +127,25 @@ def all_units(device: torch.device, scale: Scale, checkouts: dict[str, Path], wo
         device: What is measured.
         scale: How much of it.
         checkouts: Folders of the reference loops, of those that the caller has.
-        work_dir: For autoencoder and cached latents, which the units share.
+        work_dir: For autoencoders, images and cached latents, which the units share.
     """
 
-    def ours(model: str, precision: str, batch: int, seconds: float) -> Unit:
+    images = partial(image_run_options, work_dir, widths=scale.autoencoder, num_images=scale.num_files)
+
+    def ours(model: str, precision: str, batch: int, seconds: float, *, in_loop: bool = False) -> Unit:
+        measure = partial(measure_step, device, scale, work_dir, model=model, precision=precision, batch_size=batch)
         return Unit(
-            f"step {model} {precision} {batch}",
+            f"step {model} {precision} {batch}{IN_LOOP * in_loop}",
             seconds,
-            lambda: measure_step(device, scale, work_dir, model=model, precision=precision, batch_size=batch),
+            lambda: measure(images=images() if in_loop else None),
         )
 
-    def theirs(loop: str, model: str, batch: int, seconds: float) -> Unit:
+    def theirs(loop: str, model: str, batch: int, seconds: float, *, in_loop: bool = False) -> Unit:
+        measure = partial(measure_reference, device, scale, loop, checkouts[loop], model=model, batch_size=batch)
         return Unit(
-            f"reference {loop} {model} {batch}",
+            f"reference {loop} {model} {batch}{IN_LOOP * in_loop}",
             seconds,
-            lambda: measure_reference(device, scale, loop, checkouts[loop], model=model, batch_size=batch),
+            lambda: measure(images=images() if in_loop else None),
         )
 
     largest, *others = scale.batch_sizes
@@ -142,17 +165,40 @@ def all_units(device: torch.device, scale: Scale, checkouts: dict[str, Path], wo
     for model in others:
         for precision in (BF16, TF32):
             yield from (ours(model, precision, batch, 10) for batch in scale.batch_sizes[model].get(precision, ()))
+    model, batch, precisions = scale.in_loop
+    # The first of them makes the images. fast-DiT's loop has no autoencoder.
+    yield from (ours(model, precision, batch, 45, in_loop=True) for precision in precisions)
+    if DIT in checkouts:
+        yield theirs(DIT, model, batch, 30, in_loop=True)
     yield from (ours(largest, BF16_COMPILE, batch, 40) for batch in more)
 
 
 def measure_step(
-    device: torch.device, scale: Scale, work_dir: Path, *, model: str, precision: str, batch_size: int
+    device: torch.device,
+    scale: Scale,
+    work_dir: Path,
+    *,
+    model: str,
+    precision: str,
+    batch_size: int,
+    images: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Takes steps of the trainer on cached latents and times them together, the device waited for at both ends."""
+    """Takes steps of the trainer and times them together, the device waited for at both ends.
+
+    Args:
+        device: What is measured.
+        scale: How much of it.
+        work_dir: For autoencoder and cached latents.
+        model: Such as "DiT-XL/2".
+        precision: One of `PRECISIONS`.
+        batch_size: Images of a step.
+        images: Options of a run that encodes its images in the step, from `image_run_options`; None: cached latents.
+    """
+    data = images and images | {"dataloader_num_workers": scale.loading_workers}
     config = latent_run_config(
         work_dir,
+        **(data or {"max_train_samples": scale.num_images}),
         train_batch_size=batch_size,
-        max_train_samples=scale.num_images,
         mixed_precision="no" if precision == TF32 else "bf16",
         allow_tf32=True,
         compile=precision == BF16_COMPILE,
@@ -174,6 +220,7 @@ def measure_step(
         launched = time.perf_counter()
         seconds = (_finished_at(device) - start) / scale.steps
         result = figures(model, precision, batch_size, seconds, device) | {
+            "in_loop": images is not None,
             "host_milliseconds": (launched - start) / scale.steps * 1e3,
             "setup_seconds": made - began,
             "first_step_seconds": first - made,
@@ -182,7 +229,7 @@ def measure_step(
             "loss": float(step.micro_steps[0].result.loss),
             "finite": bool(torch.isfinite(step.grad_norm)),
         }
-        if model == scale.profiled:
+        if model == scale.profiled and images is None:
             try:
                 result["profile"] = profile_steps(steps, device, scale.profiled_steps)
             except Exception as error:  # noqa: BLE001  # the figures of the steps are worth keeping
@@ -266,9 +313,16 @@ def kind_of_kernel(name: str) -> str:
 
 
 def measure_reference(
-    device: torch.device, scale: Scale, loop: str, checkout: Path, *, model: str, batch_size: int
+    device: torch.device,
+    scale: Scale,
+    loop: str,
+    checkout: Path,
+    *,
+    model: str,
+    batch_size: int,
+    images: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Takes steps of a reference loop as its README runs it, timed like ours."""
+    """Takes steps of a reference loop as its README runs it, timed like ours; see `measure_step`."""
     precision = README_PRECISION[loop] if device.type == "cuda" else "no"
     with (
         tempfile.TemporaryDirectory(prefix="speed-diffusers-") as folder,
@@ -280,6 +334,12 @@ def measure_reference(
             device=device,
             results_dir=Path(folder),
             mixed_precision=precision,
+            encoding=images
+            and Encoding(
+                images=Path(images["train_data_dir"]),
+                autoencoder=Path(images["pretrained_vae_model_name_or_path"]),
+                num_workers=scale.loading_workers,
+            ),
         ) as reference,
     ):
         for _ in range(scale.warmup_steps):
@@ -292,6 +352,7 @@ def measure_reference(
         # Both let float32 products round to TF32.
         named = TF32 if precision == "no" else precision
         return figures(model, named, batch_size, seconds, device) | {
+            "in_loop": images is not None,
             "peak_memory_gib": _peak_gib(device),
             "steps": scale.steps,
         }

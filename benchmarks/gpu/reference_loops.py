@@ -1,9 +1,9 @@
 """The training loops of facebookresearch/DiT and of fast-DiT, as they are written, one optimizer step at a time.
 
 Both are under a non-commercial licence, so nothing of them is here: a checkout that the caller names is imported and
-its `train.main` is run. What it takes from elsewhere is given to it: latents in memory in place of images and files,
-no autoencoder, a folder for its results, and on a CPU what it asks of CUDA. Its model, diffusion, optimizer, EMA,
-order of operations and its `loss.item()` in every step stay its own.
+its `train.main` is run. What it takes from elsewhere is given to it: latents in memory and no autoencoder, or a folder
+of images and an autoencoder, a folder for its results, and on a CPU what it asks of CUDA. Its model, diffusion,
+optimizer, EMA, order of operations and its `loss.item()` in every step stay its own.
 
 It runs on a thread of its own, which waits after each step until the next is asked for; so two loops can take turns in
 one process.
@@ -19,6 +19,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -38,11 +40,26 @@ README_PRECISION = {DIT: "no", FAST_DIT: "fp16"}
 """What the commands of their README files train with (both let float32 products round to TF32)."""
 
 _MODULES = ("train", "models", "diffusion")
-_SAMPLES = 512
+_SAMPLES, _LENGTH = 512, 200_000
 
 
 class _Stop(Exception):
     """Ends a loop between two steps."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a loop encodes in its steps, where latents are not given to it.
+
+    Attributes:
+        images: Folder with a folder of images for each class.
+        autoencoder: Folder of an AutoencoderKL.
+        num_workers: Processes that read the images.
+    """
+
+    images: Path
+    autoencoder: Path
+    num_workers: int
 
 
 class _Latents(Dataset[tuple[Any, Any]]):
@@ -55,12 +72,25 @@ class _Latents(Dataset[tuple[Any, Any]]):
         self.as_features = as_features
 
     def __len__(self) -> int:
-        return 200_000
+        return _LENGTH
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         latent, label = self.latents[index % _SAMPLES], self.labels[index % _SAMPLES]
         # fast-DiT's files of features hold a batch of one.
         return (latent[None], label[None]) if self.as_features else (latent, int(label))
+
+
+class _Repeated(Dataset[Any]):
+    """A dataset over and over, so that no epoch ends while steps are measured."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return _LENGTH
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index % len(self.dataset)]
 
 
 class _NoAutoencoder:
@@ -125,6 +155,7 @@ class ReferenceLoop:
         results_dir: A folder for what it would write.
         mixed_precision: For accelerate, which fast-DiT uses: "no", "fp16" or "bf16".
         sample_size: Side of the latents.
+        encoding: Images and autoencoder of DiT's loop; None gives it latents. fast-DiT's knows latents alone.
         backward_ended: From `backward_noted`, if steps are to be taken apart by the host's clock, which is that of the
             work where nothing is left to a device.
 
@@ -147,6 +178,7 @@ class ReferenceLoop:
         results_dir: Path,
         mixed_precision: str = "no",
         sample_size: int = 32,
+        encoding: Encoding | None = None,
         backward_ended: dict[int, float] | None = None,
     ) -> None:
         if not all((checkout / name).exists() for name in ("train.py", "models.py", "diffusion")):
@@ -162,7 +194,7 @@ class ReferenceLoop:
         self._forward_began = self._step_began = time.perf_counter()
         self._environment = self._environment_of(mixed_precision)
         self._train = _imported(checkout)
-        self._prepare(model, sample_size)
+        self._prepare(model, sample_size, encoding)
         self._arguments = Namespace(
             model=model,
             image_size=8 * sample_size,
@@ -171,11 +203,11 @@ class ReferenceLoop:
             global_batch_size=batch_size,
             global_seed=0,
             vae="ema",
-            num_workers=0,  # what would load lies in memory already
+            num_workers=encoding.num_workers if encoding else 0,  # latents lie in memory already
             log_every=10**9,
             ckpt_every=10**9,
             results_dir=str(results_dir),
-            data_path="",
+            data_path=str(encoding.images) if encoding else "",
             feature_path="",
         )
         self._thread = threading.Thread(target=self._run, name=loop, daemon=True)
@@ -218,7 +250,7 @@ class ReferenceLoop:
             self.__dict__.pop("_train", None)
             self._done.release()
 
-    def _prepare(self, model: str, sample_size: int) -> None:
+    def _prepare(self, model: str, sample_size: int, encoding: Encoding | None) -> None:
         """Gives the loop what it would take from disk, from the network or from CUDA, and the places to stop at."""
         train, is_fast = self._train, self.loop == FAST_DIT
         size = DIT_SIZES[model.removeprefix("DiT-").split("/")[0]]
@@ -233,11 +265,17 @@ class ReferenceLoop:
         }
         latents = _Latents((4, sample_size, sample_size), as_features=is_fast)
         train.AutoencoderKL = _NoAutoencoder
+        if encoding is not None:
+            load = partial(AutoencoderKL.from_pretrained, encoding.autoencoder)
+            train.AutoencoderKL = SimpleNamespace(from_pretrained=lambda name: load())
         train.create_logger = lambda folder: logging.getLogger(f"reference {self.loop}")
         if is_fast:
             train.CustomDataset = lambda features_dir, labels_dir: latents
-        else:
+        elif encoding is None:
             train.ImageFolder = lambda path, transform: latents
+        else:
+            image_folder = train.ImageFolder
+            train.ImageFolder = lambda path, transform: _Repeated(image_folder(path, transform=transform))
         if self.device.type == "cpu":
             train.torch = _OnCPU()
             if not is_fast:

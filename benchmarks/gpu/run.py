@@ -5,10 +5,11 @@
     python benchmarks/gpu/run.py action=report
 
 Runs the tests marked gpu, the trainer's own steps for DiT-S/2 to XL/2 on cached latents of 4x32x32 in TF32, bf16 and
-compiled bf16 with peak memory, a profile of XL/2, and the loops of checkouts that the caller names. Nothing is
-downloaded. Each unit of work is one entry in the results, which are written after it: what fails is noted and the rest
-goes on, what is done is not done again, and none is begun that would outlast max_seconds. device=cpu does all of it at
-tiny size, which shows that it runs and nothing else.
+compiled bf16 with peak memory, a profile of XL/2, and the loops of checkouts that the caller names; apart, steps of
+XL/2 that encode JPEG files with an autoencoder of Stable Diffusion's size, ours and DiT's. Nothing is downloaded. Each
+unit of work is one entry in the results, which are written after it: what fails is noted and the rest goes on, what is
+done is not done again, and none is begun that would outlast max_seconds. device=cpu does all of it at tiny size, which
+shows that it runs and nothing else.
 
 Results: NAME_OF_THE_DEVICE.json in results_dir, and from it a table and a picture, which action=report makes again.
 """
@@ -53,7 +54,7 @@ class GPUSuiteConfig(Options):
     action: str = option("measure", "measure, or only make table and picture of what is there.", choices=ACTIONS)
     device: str = option("cuda", "cpu runs all of it at tiny size.", choices=("cuda", "cpu"))
     results_dir: str = option(str(Path(__file__).resolve().parent / "results"), "Where the results go.", path=True)
-    work_dir: str = option("runs/gpu_suite", "For autoencoder and cached latents.", path=True)
+    work_dir: str = option("runs/gpu_suite", "For autoencoders, images and cached latents.", path=True)
     dit_dir: str | None = option(None, "Checkout of github.com/facebookresearch/DiT.", path=True)
     fast_dit_dir: str | None = option(None, "Checkout of github.com/chuanyangjin/fast-DiT.", path=True)
     units: list[str] = option(["*"], "Patterns of the units to do, such as 'step DiT-XL*'.")

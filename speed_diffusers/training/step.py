@@ -177,5 +177,6 @@ def latents_of(run: TrainingRun, batch: dict[str, Tensor], draws: StepDraws) -> 
     else:
         pixels = batch["pixel_values"].to(device, non_blocking=True).float() / 127.5 - 1.0
         pixels = torch.where(is_flipped, pixels.flip(-1), pixels)
-        moments = run.vae.encode(pixels).latent_dist.parameters
+        parts = [run.vae.encode(part).latent_dist.parameters for part in pixels.split(run.config.vae_batch_size)]
+        moments = torch.cat(parts)
     return sample_latents(moments, draws.encoder_noise, run.vae.config["scaling_factor"])

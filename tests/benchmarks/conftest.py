@@ -39,9 +39,12 @@ TRAIN = """
 from copy import deepcopy
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, ToTensor
 
 from diffusers.models import AutoencoderKL
 from diffusion import create_diffusion
@@ -61,6 +64,9 @@ def update_ema(ema, model, decay=0.9999):
 
 def main(args):
     assert torch.cuda.is_available()
+    if READS_IMAGES:
+        dist.init_process_group("nccl")
+        assert dist.get_world_size() == 1
     accelerator = Accelerator()
     log = create_logger(args.results_dir)
     model = DiT_models[args.model](input_size=args.image_size // 8, num_classes=args.num_classes)
@@ -68,11 +74,19 @@ def main(args):
     autoencoder = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device)
     ema, diffusion = deepcopy(model), create_diffusion(timestep_respacing="")
     optimizer = torch.optim.AdamW(model.parameters())
-    loader = DataLoader(CustomDataset("a", "b"), batch_size=args.global_batch_size, num_workers=args.num_workers)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if READS_IMAGES:
+        data = ImageFolder(args.data_path, transform=Compose([CenterCrop(args.image_size), ToTensor()]))
+    else:
+        data = CustomDataset("a", "b")
+    loader = DataLoader(data, batch_size=args.global_batch_size, num_workers=args.num_workers)
+    if READS_IMAGES:
+        model = DDP(model, device_ids=[0])
+    else:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     update_ema(ema, model, decay=0)
-    for features, labels in loader:
-        x, y = features.squeeze(1), labels.squeeze(1)
+    for x, y in loader:
+        if not READS_IMAGES:
+            x, y = x.squeeze(1), y.squeeze(1)
         x = autoencoder.encode(x).latent_dist.sample()
         if FAILS:
             raise ValueError("a bug of theirs")
@@ -95,7 +109,9 @@ def checkout(tmp_path: Path) -> Callable[..., Path]:
         (folder / "diffusion").mkdir(parents=True)
         (folder / "models.py").write_text(MODELS)
         (folder / "diffusion" / "__init__.py").write_text(DIFFUSION)
-        (folder / "train.py").write_text(TRAIN.replace("FAILS", str(fails)))
+        (folder / "train.py").write_text(
+            TRAIN.replace("FAILS", str(fails)).replace("READS_IMAGES", str(loop == "DiT"))
+        )
         return folder
 
     return make

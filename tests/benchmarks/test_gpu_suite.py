@@ -62,6 +62,19 @@ def test_the_suite_measures_on_a_cpu_skips_what_is_done_and_reports_again(
     assert "DiT-tiny/8 | this package" in (folder / "cpu.md").read_text()
 
 
+def test_steps_that_encode_their_images_are_measured_apart(tmp_path: Path, checkout: Callable[[str], Path]) -> None:
+    options = ["device=cpu", f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"]
+    gpu_suite.main([*options, f"dit_dir={checkout(DIT)}", "units=*with VAE"])
+    units = results_of(tmp_path / "results")["units"]
+    assert list(units) == ["step DiT-tiny/8 tf32 2 with VAE", "reference DiT DiT-tiny/8 2 with VAE"]
+    assert [unit["status"] for unit in units.values()] == ["done", "done"], units
+    assert all(unit["result"]["in_loop"] and unit["result"]["milliseconds"] > 0 for unit in units.values())
+    files = sorted(path.relative_to(tmp_path / "work") for path in (tmp_path / "work").rglob("*.jpg"))
+    assert len(files) == ON_CPU.num_files and Image.open(tmp_path / "work" / files[0]).size == (500, 375)
+    text = (tmp_path / "results" / "cpu.md").read_text()
+    assert "| DiT-tiny/8 | this package | tf32 | 2 | encoded |" in text and "encoded latents: this package" in text
+
+
 def units_that(**measures: Callable[[], dict[str, Any]]) -> Callable[..., Iterator[Unit]]:
     return lambda *_: iter([Unit(name, 1.0, measure) for name, measure in measures.items()])
 
@@ -158,7 +171,11 @@ def test_units_are_all_there_once_and_the_largest_model_comes_first(scale: Scale
         for loop, models in scale.references.items()
         for model, batch in models.items()
     }
-    assert set(names) == expected | {"tests"}
+    model, batch, precisions = scale.in_loop
+    in_loop = {f"step {model} {precision} {batch} with VAE" for precision in precisions}
+    in_loop.add(f"reference DiT {model} {batch} with VAE")
+    assert set(names) == expected | in_loop | {"tests"}
+    names = [name for name in names if name not in in_loop]
     assert names[0].startswith(f"step {scale.profiled} bf16+compile")
     # Each loop is held against our steps of the same model and batch size.
     steps = {(model, batch) for _, model, _, batch in (n.split() for n in names if n.startswith("step"))}
@@ -170,7 +187,7 @@ def test_units_are_all_there_once_and_the_largest_model_comes_first(scale: Scale
 def test_the_table_gives_ratio_mfu_profile_and_failures() -> None:
     fast = {"model": "DiT-XL/2", "precision": "bf16+compile", "batch_size": 256, "milliseconds": 400.0}
     fast |= {"images_per_second": 640.0, "model_tflops_per_second": 455.0, "mfu": 0.46, "mfu_of": "bf16"}
-    fast |= {"peak_memory_gib": 100.0, "host_milliseconds": 30.0}
+    fast |= {"peak_memory_gib": 100.0, "host_milliseconds": 30.0, "in_loop": False}
     fast["profile"] = {"host_milliseconds": {"backward": 2.0}, "device_milliseconds": {"backward": 250.0}}
     fast["profile"]["kernel_milliseconds"] = {"matrix products": 300.0}
     slow = fast | {"precision": "fp16", "images_per_second": 320.0, "model_tflops_per_second": 227.0, "mfu": 0.23}
@@ -186,16 +203,15 @@ def test_the_table_gives_ratio_mfu_profile_and_failures() -> None:
     }
     text = table(results)
     assert text.splitlines()[0] == "NVIDIA H200, 140 GiB, CUDA 13.0, torch 2.11, diffusers 0.42, commit abc"
-    assert (
-        "| DiT-XL/2 | this package | bf16+compile | 256 | 400.0 | 640.0 | 455.00 | 46.0% (bf16) | 100.0 | 30.0 |"
-        in text
-    )
-    assert "in bf16+compile trains on 2.00 times as many images a second as fast-DiT's own loop in fp16." in text
+    assert "| DiT-XL/2 | this package | bf16+compile | 256 | cached | 400.0 | 640.0 | 455.00 | 46.0% (bf16) |" in text
+    assert "46.0% (bf16) | 100.0 | 30.0 |" in text
+    assert "256 images a step, cached latents: this package in bf16+compile trains on 2.00 times as many" in text
+    assert "as many images a second as fast-DiT's own loop in fp16." in text
     assert "| backward | 2.00 | 250.00 |" in text and "| matrix products | 300.00 |" in text
     assert "- step DiT-XL/2 bf16 256: out of memory (CUDA out of memory)" in text
     assert "| test_draws | passed |" in text
-    other = {**slow, "batch_size": 64}
-    assert ratios([("this package", fast), ("fast-DiT", other)]) == [], "another batch size is no comparison"
+    for other in ({"batch_size": 64}, {"in_loop": True}):
+        assert ratios([("this package", fast), ("fast-DiT", slow | other)]) == [], "that is no comparison"
 
 
 @pytest.mark.parametrize(

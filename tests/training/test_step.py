@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from speed_diffusers.config.load import load_config
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
@@ -88,3 +90,25 @@ def test_a_consumer_that_stops_early_leaves_the_run_at_its_step(
         assert all(parameter.grad is None for parameter in run.core.parameters())
         # The learning rate of a warm-up does not know how long the run will be.
         assert different(state_of(run), saved_state(folder, 3)) == []
+
+
+def test_images_of_a_step_are_encoded_vae_batch_size_at_a_time(
+    tiny_options: list[str], fresh_accelerate: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    encode = AutoencoderKL.encode
+
+    def counting(vae: AutoencoderKL, pixels: Tensor) -> object:
+        sizes.append(len(pixels))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", counting)
+    losses = {}
+    for size, expected in {3: [3, 1] * 2, 8: [4] * 2}.items():
+        fresh_accelerate()
+        sizes.clear()
+        options = [*tiny_options, "cache_latents=false", f"vae_batch_size={size}"]
+        with temporary_run(load_config(TrainConfig, options, SCRIPT_DIR, default=DEFAULT_CONFIG), steps=2) as run:
+            losses[size] = [step.micro_steps[0].result.loss for step in training_steps(run)]
+        assert sizes == expected
+    assert_close(losses[3], losses[8], rtol=1e-5, atol=0)
