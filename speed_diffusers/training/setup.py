@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,7 +144,10 @@ def start_run(inputs: Inputs) -> TrainingRun:
     # Machines with caches of their own take their own time.
     ranks.meet()
     optimizer = make_optimizer(config, inputs.core, accelerator.device)
-    model, optimizer = accelerator.prepare(inputs.core, optimizer)
+    with warnings.catch_warnings():
+        # torch has another name for it since 2.14, which accelerate does not pass on yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, optimizer = accelerator.prepare(inputs.core, optimizer)
     # The model itself, not what compiles it (ACCELERATE_DYNAMO_BACKEND): names of its parameters go into checkpoints.
     core = accelerator.unwrap_model(model, keep_torch_compile=False)
     lr_scheduler = make_lr_scheduler(config, optimizer.optimizer)

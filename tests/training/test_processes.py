@@ -52,7 +52,8 @@ def test_the_number_of_processes_changes_nothing(forker: Forker, tiny_options: l
         folder = tmp_path / name
         own = [*common, f"train_batch_size={batch}", *options]
         changes = ["float64", f"ledger:{folder}"]
-        forker.run(folder, run_options(tiny_options, folder / "run", *own), size=size, changes=changes)
+        said = forker.run(folder, run_options(tiny_options, folder / "run", *own), size=size, changes=changes)
+        assert "Warning" not in said
         return folder
 
     alone, pair = run("alone"), run("pair", size=2, batch=2)
