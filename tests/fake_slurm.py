@@ -1,6 +1,7 @@
 """SLURM's commands for the tests of `accelerate_configs/slurm.sh`: local processes, a list of what was asked for."""
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -42,10 +43,11 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        # No link: by another name an interpreter does not find the packages of its virtual environment.
+        python = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n'
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
             (folder / name).write_text(text)
             (folder / name).chmod((folder / name).stat().st_mode | stat.S_IXUSR)
-        (folder / "python").symlink_to(sys.executable)
 
     def asked(self) -> list[str]:
         """What `scontrol` was asked for."""

@@ -16,9 +16,9 @@ PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "safetensors", "tens
 
 
 class NightlyResult:
-    """A plugin that writes JSON at the end: date, commit, versions, and of each test outcome, seconds and numbers.
+    """A plugin that writes JSON at the end: versions, and of each test outcome, seconds, numbers, date and commit.
 
-    What the file holds of other tests at the same commit stays.
+    What the file holds of other tests stays, so that they may be run one after the other.
 
     Args:
         path: The file.
@@ -38,18 +38,16 @@ class NightlyResult:
         test["numbers"] = dict(report.user_properties)
 
     def pytest_sessionfinish(self) -> None:
-        short = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = short.stdout.strip() or "unknown"
-        known = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        if known.get("commit") == commit:
-            # They may be run one after the other.
-            self.tests = {test["name"]: test for test in known["tests"]} | self.tests
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+        )
+        at = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": described.stdout.strip() or "unknown"}
+        known = json.loads(self.path.read_text())["tests"] if self.path.is_file() else []
+        tests = {test["name"]: test for test in known} | {name: test | at for name, test in self.tests.items()}
         result = {
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "commit": commit,
             "machine": f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}",
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "tests": sorted(self.tests.values(), key=lambda test: str(test["name"])),
+            "tests": sorted(tests.values(), key=lambda test: str(test["name"])),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(result, indent=1) + "\n")

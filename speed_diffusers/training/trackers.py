@@ -1,8 +1,9 @@
 """The trackers of a run: the same numbers and pictures in each, and every step once, whatever stops the run."""
 
 import os
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,23 @@ class History:
 
     numbers: Sequence[tuple[int, Mapping[str, float]]] = ()
     pictures: Mapping[int, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _WithoutTensorBoard:
+    """Tells errors of threads, but those of TensorBoard's writer.
+
+    It keeps them for who writes next, which is told in one line; a traceback would come into that line's way.
+
+    Attributes:
+        tell: What told them before.
+    """
+
+    tell: Callable[[threading.ExceptHookArgs], object]
+
+    def __call__(self, error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__name__ != "_AsyncWriterThread":
+            self.tell(error)
 
 
 class Trackers:
@@ -79,6 +97,8 @@ class Trackers:
             OSError: The disk is full, read-only or broken.
         """
         self.first_step = first_step
+        if not isinstance(threading.excepthook, _WithoutTensorBoard):
+            threading.excepthook = _WithoutTensorBoard(threading.excepthook)
         with naming_disk_errors(self.logs):
             self.accelerator.init_trackers(project, dict(config), self._options(is_another_run))
             for tracker in self._running():

@@ -48,8 +48,7 @@ def fail_at_each(runs: FaultyRuns, part: int, record: Callable[[str, object], No
         errors = re.findall(r"error: .*", said)  # it may stand behind a progress bar
         if not full and code != -signal.SIGKILL:
             wrong.append(f"{what}: the end was not reached, but {code}")
-        # TensorBoard's thread says what it met before it passes it on.
-        tracebacks = said.count("Traceback") - said.count("Exception in thread Thread-")
+        tracebacks = said.count("Traceback")
         if full and not (code == 0 or (code in (1, 2) and len(errors) == 1 and not tracebacks)):
             wrong.append(f"{what}: ends with {code} and says {said[-1500:]}")
         if full and errors and "space" not in errors[0].lower():

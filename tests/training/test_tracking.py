@@ -1,6 +1,8 @@
 """metrics.jsonl and the check of trackers."""
 
+import errno
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,3 +99,27 @@ def test_a_project_whose_folder_lies_outside_the_run_is_refused(project: str) ->
 
 def test_a_project_may_have_parts() -> None:
     check_trackers(["tensorboard"], "team/..speed")
+
+
+def test_an_error_of_tensorboards_thread_is_told_once(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[threading.ExceptHookArgs] = []
+    failed = threading.Event()
+
+    def fails(writer: object, data: bytes) -> None:
+        failed.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", fails)
+    with pytest.raises(OSError, match=r"Could not write .*logs.*No space left on device"):
+        train(tmp_path / "run", "report_to=tensorboard")
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join(10)
+    assert failed.is_set() and told == []
+    other = threading.Thread(target=lambda: [].pop())
+    other.start()
+    other.join()
+    assert [error.exc_type for error in told] == [IndexError], "errors of other threads are told as before"
