@@ -27,6 +27,7 @@ from speed_diffusers.timesteps import DENSITIES, DRAWS
 from speed_diffusers.weightings import WEIGHTINGS
 
 PAGES = sorted(Path(__file__).resolve().parent.glob("*.md"))
+NIGHTLY = Path(__file__).resolve().parents[1] / "benchmarks" / "nightly" / "result.json"
 SCORE_LIBRARIES = Path(__file__).resolve().parents[1] / "benchmarks" / "score_libraries" / "result.json"
 
 
@@ -208,6 +209,29 @@ def presets_table() -> str:
     return markdown(["preset", "settings"], rows)
 
 
+def nightly_table() -> str:
+    """The last outcome of the tests that take minutes, from the committed result."""
+    result = json.loads(NIGHTLY.read_text("utf-8"))
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for test in result["tests"]:
+        tests.setdefault(test["name"].partition("[")[0], []).append(test)
+    rows = []
+    for name, cases in tests.items():
+        outcomes = [case["outcome"] for case in cases]
+        counted = ", ".join(f"{outcomes.count(each)} {each}" for each in sorted(set(outcomes)))
+        numbers: dict[str, float] = {}
+        for case in cases:
+            for key, value in case["numbers"].items():
+                numbers[key] = numbers.get(key, 0) + value
+        said = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in numbers.items() if key != "seed")
+        seconds = sum(case["seconds"] for case in cases)
+        when = ", ".join(sorted({f"{case['date']} {case['commit']}" for case in cases}))
+        rows.append((f"`{name.rpartition('::')[2]}`", counted, said or "-", f"{seconds:.0f} s", when))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    table = markdown(["test", "outcome", "numbers", "took", "date and commit"], rows)
+    return f"{result['machine']}; {versions}.\n\n{table}"
+
+
 MADE: dict[str, Callable[[], str]] = {
     "options": options_table,
     "densities": lambda: markdown_table(DENSITIES),
@@ -220,6 +244,7 @@ MADE: dict[str, Callable[[], str]] = {
     "metrics": metrics_table,
     "extractors": extractors_table,
     "score_libraries": score_libraries_table,
+    "nightly": nightly_table,
 }
 
 

@@ -1,5 +1,6 @@
 """docs/reliability.md names tests: each is there, and every nightly test is named."""
 
+import json
 import re
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def test_every_test_of_the_nightly_tier_is_named() -> None:
     written = {(str(file.relative_to(ROOT)), name) for file in files for name in names_in(file)}
     assert written and written <= set(NAMED)
     assert all("pytest.mark.nightly" in file.read_text("utf-8") for file in files)
+
+
+def test_the_committed_outcome_is_of_all_these_tests_and_good() -> None:
+    result = json.loads((ROOT / "benchmarks" / "nightly" / "result.json").read_text("utf-8"))
+    outcomes = {test["name"]: test["outcome"] for test in result["tests"]}
+    nightly = {name for name in NAMED if name[0].startswith("tests/nightly/")}
+    assert {tuple(name.partition("[")[0].split("::")) for name in outcomes} == nightly
+    assert set(outcomes.values()) == {"passed"}
 
 
 def test_the_command_of_the_page_is_pytests(pytestconfig: pytest.Config) -> None:
