@@ -115,7 +115,8 @@ def step_ratio(
 ) -> Ratio | None:
     """The baseline's steps over an arm's, at the quality that the baseline has after a share of its run.
 
-    Paired: each seed of the arm is held against the same seed of the baseline.
+    Paired: each seed of the arm is held against the same seed of the baseline. A seed that does not get there and has
+    not had the arm's longest run yet is left out.
 
     Args:
         curves: All runs of a setting.
@@ -125,15 +126,18 @@ def step_ratio(
         score: Which score.
 
     Returns:
-        None if they have no seed in common.
+        None if they have no such seed in common.
     """
     mine = {curve.seed: curve for curve in curves if curve.arm == arm}
     theirs = {curve.seed: curve for curve in curves if curve.arm == baseline}
     per_seed, is_bound = {}, False
+    longest = max((max(curve.points) for curve in mine.values()), default=0)
     for seed in sorted(mine.keys() & theirs.keys()):
         step = share * max(theirs[seed].points)
         quality = quality_at(theirs[seed], step, score)
         needed = steps_to(mine[seed], quality, score)
+        if math.isinf(needed) and max(mine[seed].points) < longest:
+            continue
         per_seed[seed] = step / needed
         is_bound = is_bound or needed == min(mine[seed].points)
     if not per_seed:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import arm_step_time
+import class_distances
 import quality_arms
 import same_images
 import steps_to_quality
@@ -22,9 +24,13 @@ from quality_arms import ARMS, FIVE, SETTINGS, Arm, Job, Setting, jobs
 from quality_estimator import Curve, bootstrap, load_curves, step_ratio, steps_to
 from quality_report import FACTORS, arms_of, factors, with_ladder, write_report
 from speed_diffusers.config.load import load_config
+from speed_diffusers.data.decode import load_image
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
-from speed_diffusers.metrics import load_reference
+from speed_diffusers.generation import load_pipeline
+from speed_diffusers.generation.generate import GenerationSettings, class_samples, row_names_of
+from speed_diffusers.metrics import load_extractor, load_reference
+from speed_diffusers.metrics.kernel import kernel_distance
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
 from speed_diffusers.training.config import TrainConfig
 
@@ -56,6 +62,10 @@ def test_a_curve_is_made_monotone_and_one_that_never_arrives_counts() -> None:
     assert steps_to(curve, 4.9, "d") == math.inf
     assert 1000 < steps_to(curve, 7, "d") < 2000
     curves = [power_law("uniform", seed, 1.0) for seed in (0, 1)]
+    early = power_law("early", 1, 2.0)
+    early = replace(early, points={step: early.points[step] for step in (250, 500)})
+    found = step_ratio([*curves, power_law("early", 0, 2.0), early], "early", "uniform", 1.0)
+    assert found is not None and found.per_seed == pytest.approx({0: 2.0}), "its longer runs are missing"
     curves += [power_law("slow", 0, 1.5), power_law("slow", 1, 0.5)]
     ratio = step_ratio(curves, "slow", "uniform", 1.0)
     assert ratio is not None and ratio.mean == 0 and ratio.per_seed[1] == 0 and ratio.per_seed[0] > 1.4
@@ -299,3 +309,28 @@ def test_pipelines_are_put_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(InputError, match="2 given with 1 titles; each needs one"):
         same_images.main(["models=embedded,embedded", "titles=[one]", f"output={tmp_path / 'no.png'}", *common])
     assert not (tmp_path / "no.png").exists()
+
+
+def test_distances_of_classes_are_those_of_their_own_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["num_images_per_class=3", "num_inference_steps=4", f"results_dir={tmp_path / 'results'}"]
+    class_distances.main(["models=embedded,embedded,embedded", "titles=[a,a,$b$]", *common])
+    result = json.loads((tmp_path / "results" / "result.json").read_text())
+    first, second, third = (model["kernel_distance"] for model in result["models"])
+    assert first == second == third and len(first) == 10, "the same noise for all"
+    pipeline, extractor = load_pipeline("embedded"), load_extractor()
+    held_out = open_images(dataset_name="embedded", split="test")
+    name, *_ = held_out.label_names or []
+    rows = {name: row for row, name in row_names_of(pipeline).items()}
+    images = class_samples(pipeline, [rows[name]], 3, GenerationSettings(num_inference_steps=4))
+    held_rows = np.flatnonzero(held_out.labels == 0)
+    real = np.stack([load_image(held_out.image(int(row)) or {}, 32) for row in held_rows]) / 255
+    features = [extractor(torch.from_numpy(each).permute(0, 3, 1, 2).float())[0] for each in (images, real)]
+    assert first[name] == pytest.approx(kernel_distance(*features), rel=1e-4)
+    assert result["held_out_images"][name] == len(real)
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "| class | a | $b$ |" in table and "| models | 2 | 1 |" in table
+    assert Image.open(tmp_path / "results" / "class_distances.png").width > 500
+    with pytest.raises(InputError, match="1 given with 0 titles"):
+        class_distances.main(["models=embedded", *common])
