@@ -201,7 +201,7 @@ def evaluate(config: EvaluateConfig, device: torch.device, processes: Processes)
         return
     print(table(scored))
     for record in scored[0][1]:
-        print(f"Protocol: {record.score.protocol.in_words()}.")
+        print(f"Protocol: {record.score.protocol.in_words(without=swept(scored))}.")
     folders = {each.scores_dir for each in stored} | {each.model.scores_dir for own in variants for each in own}
     pictures_dir = output_dir or (folders.pop() if len(folders) == 1 else Path(SCORES_FOLDER))
     for subjects in variants[:1]:
@@ -417,20 +417,25 @@ SWEPT: dict[str, Callable[[Protocol], str]] = {
 """What may be swept, by the head of its column."""
 
 
+def swept(scored: Scored) -> dict[str, Callable[[Protocol], str]]:
+    """What differs between these scores, of `SWEPT`."""
+    protocols = [records[0].score.protocol for _, records in scored]
+    return {head: of for head, of in SWEPT.items() if len({of(protocol) for protocol in protocols}) > 1}
+
+
 def table(scored: Scored) -> str:
     """One line per point of a run, a column per number, with its interval if it has one, and per swept option."""
     numbers = [number for entry in METRICS.values() for number in entry.function.numbers]
     found = {number for _, records in scored for each in records for number in each.score.values}
     numbers = [number for number in numbers if number in found]
-    protocols = [records[0].score.protocol for _, records in scored]
-    swept = {head: of for head, of in SWEPT.items() if len({of(protocol) for protocol in protocols}) > 1}
-    rows = [["model", "step", *swept, *(number.replace("_", " ") for number in numbers)]]
-    for (name, records), protocol in zip(scored, protocols, strict=True):
+    columns = swept(scored)
+    rows = [["model", "step", *columns, *(number.replace("_", " ") for number in numbers)]]
+    for name, records in scored:
         values = {number: value for each in records for number, value in each.score.values.items()}
         intervals = {number: ends for each in records for number, ends in each.score.intervals.items()}
         step = "-" if records[0].step is None else f"{records[0].step:,}"
         cells = [cell(values.get(number), intervals.get(number)) for number in numbers]
-        rows.append([name, step, *(of(protocol) for of in swept.values()), *cells])
+        rows.append([name, step, *(of(records[0].score.protocol) for of in columns.values()), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

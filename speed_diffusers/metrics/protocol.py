@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -111,8 +111,12 @@ class Protocol:
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def in_words(self) -> str:
-        """The protocol in one line, for titles."""
+    def in_words(self, *, without: Collection[str] = ()) -> str:
+        """The protocol in one line, for titles.
+
+        Args:
+            without: "guidance" or "weights": what the scores that the line is about do not share.
+        """
         guidance = "no guidance"
         if self.guidance_scale != 1:
             guidance = f"guidance {self.guidance_scale:g}"
@@ -121,12 +125,14 @@ class Protocol:
             if self.guidance_interval != (0.0, 1.0):
                 guidance += " in [{:g}, {:g}]".format(*self.guidance_interval)
         sampler = self.sampler.removesuffix("Scheduler")
+        chosen = {"guidance": guidance, "weights": f"{self.weights} weights"}
+        shared = "".join(f", {words}" for part, words in chosen.items() if part not in without)
         reference = f"reference {self.reference}"
         if self.num_reference_images:
             reference += f" ({self.num_reference_images:,} images)"
         return (
             f"{self.num_images:,} {self._kind_of_images()} of {self.resolution}x{self.resolution} ({self.labels}), "
-            f"{sampler} {self.num_inference_steps} steps, {guidance}, {self.weights} weights, seed {self.seed}; "
+            f"{sampler} {self.num_inference_steps} steps{shared}, seed {self.seed}; "
             f"features of {self.extractor}, {reference}"
         )
 

@@ -311,6 +311,8 @@ def test_guidance_and_weights_are_swept(
     assert [line.split()[1:4] for line in lines[9:17:2]] == [
         ["5", weights, scale] for weights in ("ema", "model") for scale in ("1", "2")
     ]
+    (protocol,) = (line for line in lines if line.startswith("Protocol: "))
+    assert "steps, seed 0;" in protocol  # neither a guidance nor weights: they differ
     records = load_scores(run / "scores")
     assert len(generated) == 8 and len({each.score.values["frechet_distance"] for each in records}) == 8
     assert Image.open(run / "scores" / "score_over_guidance.png").width > 500
