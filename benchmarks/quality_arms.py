@@ -239,10 +239,11 @@ def _arms() -> dict[str, Arm]:
         "two_phase": {"speed_sampling": "two_phase:until=0.6,first=gaussian:mean=-1"},
         "mean_-0.5": {"speed_sampling": "gaussian:mean=-0.5"},
     }
+    short["together"] = short["momentum_0.9"] | short["rate_0.009"] | short["mean_-0.5"]
     for name, change in short.items():
         family = f"fast_{name}_cosine"
         chosen = options("fast", "v", **fast) | COSINE | change
-        grid.add(f"{family}_750", chosen, steps=750, measured_at=(750,), seeds=(0,), curve=family)
+        grid.add(f"{family}_750", chosen, steps=750, measured_at=(750,), seeds=(0, 1, 2), curve=family)
     # What else could make the recipe faster, one thing at a time.
     recipe = options("fast", "v", **fast)
     trials: dict[str, Options] = {
@@ -257,11 +258,11 @@ def _arms() -> dict[str, Arm]:
         "adamw_rate_6e-3": {"learning_rate": 6e-3},
     }
     for name, change in trials.items():
-        grid.add(f"fast_{name}", recipe | change, seeds=(0,), **SHORT)
+        grid.add(f"fast_{name}", recipe | change, seeds=(0, 1, 2) if name == "ema_0.99" else (0,), **SHORT)
     # And the baseline, where it could gain from the same.
     for name in ("ema_0.99", "beta2_0.99"):
         chosen = options("uniform", "epsilon", rate=4e-3) | trials[name]
-        grid.add(f"uniform_epsilon_tuned_{name}", chosen, seeds=(0,))
+        grid.add(f"uniform_epsilon_tuned_{name}", chosen, seeds=(0, 1, 2) if name == "ema_0.99" else (0,))
     # Every density at both targets, all else as DiT has it.
     for density in DENSITIES:
         for target in ("epsilon", "v"):

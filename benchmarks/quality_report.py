@@ -36,6 +36,13 @@ FACTORS = (
         "uniform_epsilon_unit",
     ),
     ("Learning rate of the baseline: 4e-3 instead of 1e-3", "uniform_epsilon_tuned", "uniform_epsilon"),
+    ("Average of 0.99 instead of 0.995: the recipe", "fast_ema_0.99", "fast"),
+    (
+        "Average of 0.99 instead of 0.995: the baseline at 4e-3",
+        "uniform_epsilon_tuned_ema_0.99",
+        "uniform_epsilon_tuned",
+    ),
+    ("The whole recipe, average of 0.99 in both", "fast_ema_0.99", "uniform_epsilon_tuned_ema_0.99"),
 )
 """What is changed and with what else, the arm that has it and the one that has not."""
 
@@ -51,6 +58,7 @@ LADDER = (
     ("and log SNR normal around -1, evenly drawn, instead of SpeeD's density", "fast_density_v_unit"),
     ("and AdamW at its best rate, 4e-3", "fast_adamw"),
     ("and Muon instead: `fast`", "fast"),
+    ("and an average over half as many steps: decay 0.99 instead of 0.995", "fast_ema_0.99"),
 )
 """The front page's rows: what is chosen, row by row, and the arm."""
 MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
