@@ -66,7 +66,7 @@ MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
 DISTANCES = {"frechet_distance": ("Fréchet distance", "{:.2f}"), "kernel_distance": ("Kernel distance", "{:.4f}")}
 """By score: its name in words, and how its values are written."""
 
-PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast")
+PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast", "fast_ema_0.99")
 SHOWN_STEPS = (500, 1000, 1500, 3000)
 
 
