@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import speed_diffusers.training.optimizer as optimizer_module
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.training.config import TrainConfig
 from speed_diffusers.training.guard import NonFiniteGuard
@@ -40,6 +41,33 @@ def test_muon_equals_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     for matrix, other, begun in zip(mine, theirs, _matrices(0), strict=True):
         assert (other - begun).abs().max() > 2e-3
         torch.testing.assert_close(matrix, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_each_process_orthogonalises_its_share(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw", "dtype": torch.float32}
+    alone, shared = _matrices(0), _matrices(0)
+    _steps(Muon(alone, **options), alone)
+    own: list[tuple[int, ...]] = []
+
+    def orthogonalised(matrices: Tensor, *settings: object) -> Tensor:
+        own.append(tuple(matrices.shape))
+        return whole(matrices, *settings)  # type: ignore[arg-type]
+
+    def all_gather(parts: list[Tensor], mine: Tensor) -> None:
+        for number, part in enumerate(parts):
+            part.copy_(mine if number == rank else whole(part, (3.4445, -4.775, 2.0315), 5))
+
+    whole = optimizer_module.orthogonalised
+    monkeypatch.setattr(optimizer_module, "orthogonalised", orthogonalised)
+    for name, value in {"is_initialized": True, "get_world_size": 3, "get_rank": rank}.items():
+        monkeypatch.setattr(optimizer_module.dist, name, lambda value=value: value)
+    monkeypatch.setattr(optimizer_module.dist, "all_gather", all_gather)
+    _steps(Muon(shared, **options), shared)
+    assert own == 3 * [(1, 6, 6), (1, 12, 6), (1, 6, 12)]  # of two matrices, one and one
+    for matrix, other, before in zip(shared, alone, _matrices(0), strict=True):
+        assert (other - before).abs().max() > 2e-3
+        torch.testing.assert_close(matrix, other, rtol=0, atol=1e-6)
 
 
 def _tiny_dit() -> torch.nn.Module:

@@ -74,6 +74,18 @@ def test_the_number_of_processes_changes_nothing(forker: Forker, tiny_options: l
         assert rates == [line["learning_rate"] for line in metrics(alone / "run")][first:]
 
 
+def test_processes_share_the_work_of_muon(forker: Forker, tiny_options: list[str], tmp_path: Path) -> None:
+    """Of six layers with a matrix of a shape each: three for either of two processes, two for all but one of four."""
+    common = ["optimizer=muon", "learning_rate=1e-2", "max_train_steps=4", "checkpointing_steps=4"]
+    for size in (1, 2, 4):
+        folder = tmp_path / str(size)
+        options = run_options(tiny_options, folder / "run", *common, f"train_batch_size={4 // size}")
+        assert "Warning" not in forker.run(folder, options, size=size, changes=["float64"])
+    for size in (2, 4):
+        # The products are of float32 whatever the parameters are.
+        assert_close(tmp_path / "1" / "run", tmp_path / str(size) / "run", 4, 1e-5)
+
+
 def test_a_run_that_is_killed_again_and_again_leaves_the_same_bits(
     forker: Forker, tiny_options: list[str], tmp_path: Path
 ) -> None:
