@@ -316,6 +316,8 @@ def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
     readme = " ".join(TEXTS["README.md"].split())
     step = json.loads((ROOT / "benchmarks/arm_step_time/DiT-tiny-2.json").read_text("utf-8"))["arms"]["fast"]
     assert "{:.2f} of the baseline's step ({:.2f} to {:.2f})".format(step["ratio"], *step["interval_95"]) in benchmarks
+    small = json.loads((ROOT / "benchmarks/arm_step_time/DiT-S-2.json").read_text("utf-8"))["arms"]["fast"]
+    assert "{:.2f} ({:.2f} to {:.2f}), so there".format(small["ratio"], *small["interval_95"]) in benchmarks
     by_clock = [f"{ratio('fast', baseline).mean / step['ratio']:.1f}" for baseline in BASELINES]
     assert f"{by_clock[0]} times as fast as the baseline, and {by_clock[1]} times with the baseline at" in benchmarks
     assert f"takes {step['ratio']:.2f} times as long" in readme
