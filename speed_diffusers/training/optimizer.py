@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import unknown_name
 from .config import OPTIMIZERS, TrainConfig
@@ -155,8 +156,7 @@ def _orthogonalised_by_all(matrices: Tensor, group: dict[str, Any]) -> Tensor:
     if processes == 1:
         return orthogonalised(matrices, *settings)
     share = -(-len(matrices) // processes)
-    padded = torch.zeros(share * processes, *matrices.shape[1:], dtype=matrices.dtype, device=matrices.device)
-    padded[: len(matrices)] = matrices
+    padded = functional.pad(matrices, (0, 0, 0, 0, 0, share * processes - len(matrices)))
     parts = list(padded.chunk(processes))
     dist.all_gather(parts, orthogonalised(parts[dist.get_rank()], *settings).contiguous())
     return padded[: len(matrices)]
