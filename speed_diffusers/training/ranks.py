@@ -102,16 +102,20 @@ class Ranks:
             return
         self.at(self._place.step, MEETING)
         self._meetings += 1
-        self._arrive(self.store, f"meeting {self._meetings}", waits=True)
-        # The store may live in rank 0, which must leave last.
-        self._arrive(self.store, f"end of meeting {self._meetings}", waits=self.rank == 0)
+        meeting, end = f"meeting {self._meetings}", f"end of meeting {self._meetings}"
+        self.store.add(meeting, 1)
+        self._wait_for_all(self.store, meeting, minds_the_gone=True)
+        self.store.add(end, 1)
+        if self.rank == 0:
+            # The store may live in this process, which must leave last. Whoever has gone by now was in the meeting,
+            # and that others have not read yet that it is over is no reason to leave them.
+            self._wait_for_all(self.store, end, minds_the_gone=False)
 
-    def _arrive(self, store: Store, key: str, *, waits: bool) -> None:
-        store.add(key, 1)
+    def _wait_for_all(self, store: Store, key: str, *, minds_the_gone: bool) -> None:
         looked = self._since
-        while waits:
+        while True:
             # Asked before the count: who ended after this meeting was in it.
-            has_gone = store.check([_GONE])
+            has_gone = minds_the_gone and store.check([_GONE])
             if store.add(key, 0) == self.size:
                 return
             if has_gone:

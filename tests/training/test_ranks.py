@@ -126,6 +126,27 @@ def test_a_rank_that_ends_after_a_meeting_was_in_it_and_one_that_ends_before_was
         ranks[1].meet()
 
 
+def test_a_rank_that_ends_right_after_a_meeting_does_not_hurry_rank_0_away_from_one_that_is_still_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = three_ranks()
+    store = ranks[0].store
+    assert store is not None
+    store.add("meeting 1", 2)
+    store.add("end of meeting 1", 1)
+    ranks[2].close()
+    waited = []
+
+    def another_look(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            store.add("end of meeting 1", 1)  # rank 1 has read that the meeting is over
+
+    monkeypatch.setattr(time, "sleep", another_look)
+    ranks[0].meet()
+    assert len(waited) == 3
+
+
 def test_one_process_has_nobody_to_meet() -> None:
     ranks = Ranks(0, 1, None, timeout=80.0)
     ranks.at(1, "data")
