@@ -296,11 +296,11 @@ def _as_divided_before(folder: Path, header: CacheHeader) -> CacheHeader:
 
 
 _TOLD = {
-    "images": "images (fingerprint {})",
-    "vae": "VAE (hash {})",
-    "resolution": "resolution ({})",
-    "center_crop": "crop rule (center_crop {})",
-    "random_flip": "flip (random_flip {})",
+    "images": "the images (fingerprint {})",
+    "vae": "the VAE (hash {})",
+    "resolution": "the resolution ({})",
+    "center_crop": "the crop (center_crop {})",
+    "random_flip": "the flips (random_flip {})",
 }
 """The fields of a header that users choose, in words."""
 
@@ -312,5 +312,5 @@ def _tell_of_another(folder: Path, header: CacheHeader) -> None:
             differences = header.differences(CacheHeader.from_json(file.read_text(encoding="utf-8")))
             if len(names := [name for name in _TOLD if name in differences]) == 1:
                 told = _TOLD[names[0]].format(differences[names[0]])
-                logger.warning("The latents in '%s' are of another %s; encoding.", file.parent, told)
+                logger.warning("The latents in '%s' differ in %s; encoding.", file.parent, told)
                 return

@@ -186,10 +186,10 @@ def test_a_cache_that_differs_in_one_thing_is_named_in_one_line(
     first = cache(source, vae, tmp_path)
     assert caplog.messages == []
     expected = {
-        "resolution": ({"resolution": 8}, "another resolution (16, not 8)"),
-        "crop": ({"center_crop": False}, "another crop rule (center_crop True, not False)"),
-        "flip": ({"random_flip": False}, "another flip (random_flip True, not False)"),
-        "vae": ({"vae_fingerprint": "other"}, f"another VAE (hash {vae_fingerprint(vae)}, not other)"),
+        "resolution": ({"resolution": 8}, "the resolution (16, not 8)"),
+        "crop": ({"center_crop": False}, "the crop (center_crop True, not False)"),
+        "flip": ({"random_flip": False}, "the flips (random_flip True, not False)"),
+        "vae": ({"vae_fingerprint": "other"}, f"the VAE (hash {vae_fingerprint(vae)}, not other)"),
     }
     for name, (changes, words) in expected.items():
         caplog.clear()
@@ -197,7 +197,7 @@ def test_a_cache_that_differs_in_one_thing_is_named_in_one_line(
         shutil.copytree(tmp_path / CACHE_FOLDER, cache_dir / CACHE_FOLDER)
         cache(source, vae, cache_dir, **changes)
         folder = cache_dir / CACHE_FOLDER / first.folder.name
-        assert caplog.messages == [f"The latents in '{folder}' are of {words}; encoding."]
+        assert caplog.messages == [f"The latents in '{folder}' differ in {words}; encoding."]
 
 
 def test_fingerprint_is_that_of_configuration_and_weights(vae: AutoencoderKL, tmp_path: Path) -> None:
