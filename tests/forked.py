@@ -193,7 +193,11 @@ def serve() -> None:
     import trainer_changes
     from speed_diffusers.config.command_line import run_script
     from speed_diffusers.train_scripts import train_dit_speed
+    from speed_diffusers.training import results
+    from tiny_pictures import save_dot
 
+    # As in conftest.py's `tiny_options`.
+    results.save_error_map = save_dot
     # Once for all forks, also what is imported late.
     assert train_dit_speed and matplotlib.pyplot and torch.utils.tensorboard
     assert AutoencoderKL and DiTPipeline and DiTTransformer2DModel

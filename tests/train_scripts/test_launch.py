@@ -91,12 +91,19 @@ def test_wrong_input_under_torchrun_is_one_line(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[str], tmp_path: Path) -> None:
+def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(
+    train: Callable[..., Path], tiny_options: list[str], tmp_path: Path
+) -> None:
     named = ("max_train_steps", "output_dir", "checkpointing_steps")
     options = [sys.executable, str(ROOT / TRAIN), *(part for part in tiny_options if not part.startswith(named))]
-    options += ["max_train_steps=60", f"output_dir={tmp_path / 'stopped'}", "checkpointing_steps=None"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(options, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True)
+    longer = ["max_train_steps=60", "checkpointing_steps=None"]
+    process = subprocess.Popen(
+        [*options, *longer, f"output_dir={tmp_path / 'stopped'}"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+    )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
@@ -108,9 +115,8 @@ def test_sigterm_saves_the_state_and_the_run_goes_on_exactly(tiny_options: list[
     (stopped,) = (tmp_path / "stopped").glob("checkpoint-*")
     step = int(stopped.name.removeprefix("checkpoint-"))
     assert 3 <= step < 60
-    assert launch([*options, "resume_from_checkpoint=latest"]).returncode == 0
-    whole = [part.replace("stopped", "whole") for part in options]
-    assert launch(whole).returncode == 0
+    train(tmp_path / "stopped", *longer, "resume_from_checkpoint=latest")
+    train(tmp_path / "whole", *longer)
     for name in ("model", "ema", "optimizer"):
         resumed, uninterrupted = (
             load_file(tmp_path / folder / "checkpoint-60" / f"{name}.safetensors") for folder in ("stopped", "whole")

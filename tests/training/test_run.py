@@ -46,6 +46,7 @@ def test_a_run_leaves_pipeline_samples_metrics_and_config(tiny_options: list[str
     assert not list(folder.glob(".tmp*"))
 
 
+@pytest.mark.usefixtures("error_map")
 def test_a_learned_variance_is_trained_saved_and_drawn_with(tiny_options: list[str]) -> None:
     learned = ["prediction_type=epsilon", "variance_type=learned_range"]
     main([*tiny_options, *learned])
