@@ -30,7 +30,7 @@ SHORTER = {
     "num_score_images=None": "num_score_images=None num_inference_steps=4",
     "for _ in range(60)": "for _ in range(30)",
 }
-"""What the quick form of the test runs instead; that of every night runs what is committed."""
+"""What the quick form of the test runs instead; the nightly one runs what is committed."""
 
 
 @pytest.mark.slow
