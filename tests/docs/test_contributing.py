@@ -1,11 +1,10 @@
 """The worked examples of CONTRIBUTING.md do what it says, each pasted where it says."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -78,40 +77,54 @@ else:
 """,
 }
 
-# A finder that gives one module of the library another source, so that nothing is written into the checkout.
+# A finder that gives modules of the library another source, so that nothing is written into the checkout; then each
+# use, and what went wrong in which.
 PASTED = """
-import importlib.abc, importlib.machinery, importlib.util, sys
+import importlib.abc, importlib.machinery, importlib.util, json, sys, traceback
 
 class Pasted(importlib.machinery.SourceFileLoader):
     def get_code(self, name):
-        return self.source_to_code(SOURCE.encode(), self.path)
+        return self.source_to_code(SOURCES[name].encode(), self.path)
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == MODULE:
-            return importlib.util.spec_from_file_location(name, FILE, loader=Pasted(name, FILE))
+        if name in SOURCES:
+            return importlib.util.spec_from_file_location(name, FILES[name], loader=Pasted(name, FILES[name]))
 
 sys.meta_path.insert(0, Finder())
 from speed_diffusers.config.schema import help_text
+
+wrong = {}
+for section, use in USES.items():
+    try:
+        exec(use, {"help_text": help_text})
+    except Exception:
+        wrong[section] = traceback.format_exc()
+print(json.dumps(wrong))
 """
 
 
 def test_every_example_has_its_place_and_use() -> None:
     assert EXAMPLES.keys() == PLACES.keys() == USES.keys()
     assert all(len(examples) == 1 for examples in EXAMPLES.values())
+    assert len({file for file, _ in PLACES.values()}) == len(PLACES), "each is pasted into a file of its own"
 
 
-@pytest.mark.parametrize("section", EXAMPLES)
-def test_an_example_is_one_edit_in_one_place(section: str) -> None:
-    (example,), (file, before) = EXAMPLES[section], PLACES[section]
-    source = (ROOT / file).read_text("utf-8")
-    if before is None:
-        source += f"\n\n{example}"
-    else:
-        assert source.count(before) == 1
-        source = source.replace(before, f"    {example.strip()}\n{before}")
-    module = file.removesuffix(".py").replace("/", ".")
-    program = f"SOURCE, MODULE, FILE = {source!r}, {module!r}, {str(ROOT / file)!r}\n{PASTED}\n{USES[section]}"
-    # In a process of its own, so that no other test meets the new name.
+def test_each_example_is_one_edit_in_one_place() -> None:
+    sources, files = {}, {}
+    for section, (example,) in EXAMPLES.items():
+        file, before = PLACES[section]
+        source = (ROOT / file).read_text("utf-8")
+        if before is None:
+            source += f"\n\n{example}"
+        else:
+            assert source.count(before) == 1
+            source = source.replace(before, f"    {example.strip()}\n{before}")
+        module = file.removesuffix(".py").replace("/", ".")
+        sources[module], files[module] = source, str(ROOT / file)
+    program = f"SOURCES, FILES, USES = {sources!r}, {files!r}, {USES!r}\n{PASTED}"
+    # In a process of its own, so that no other test meets the new names.
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+    wrong = json.loads(run.stdout.splitlines()[-1])
+    assert wrong == {}, "\n".join(f"{section}: {trace}" for section, trace in wrong.items())
