@@ -61,6 +61,8 @@ LADDER = (
     ("and an average over half as many steps: decay 0.99 instead of 0.995", "fast_ema_0.99"),
 )
 """The front page's rows: what is chosen, row by row, and the arm."""
+TUNED_ON, UNTOUCHED = "quickstart", "emoji"
+"""The settings whose results it shows: the one that the recipe was made on, and one that nothing was chosen on."""
 MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
 
 DISTANCES = {"frechet_distance": ("Fréchet distance", "{:.2f}"), "kernel_distance": ("Kernel distance", "{:.4f}")}
@@ -129,23 +131,40 @@ def distances(curves: Sequence[Curve], score: str, when: str, steps: Sequence[in
     return "\n".join(lines)
 
 
-def ladder(curves: Sequence[Curve]) -> str:
-    """The front page's table: steps to where the baselines end, one factor after the other."""
-    lines = ["| trained with | times fewer steps | than the baseline at its best rate | seeds |", "|---|---|---|---|"]
+def ladder(curves: Sequence[Curve], untouched: Sequence[Curve]) -> str:
+    """The front page's table: steps to where the baselines end, one factor after the other.
+
+    Args:
+        curves: Of the setting that the recipe was made on.
+        untouched: Of the other one.
+    """
+    published, tuned = BASELINES
+    columns = (
+        (curves, published, SETTINGS[TUNED_ON].score),
+        (curves, tuned, SETTINGS[TUNED_ON].score),
+        (untouched, published, SETTINGS[UNTOUCHED].score),
+    )
+    lines = [
+        "| trained with | times fewer steps | than the baseline at its best rate | seeds | on emoji |",
+        "|---|---|---|---|---|",
+    ]
     for what, arm in LADDER:
         seeds = sum(curve.arm == arm for curve in curves)
-        found = [str(step_ratio(curves, arm, baseline, 1.0) or "") for baseline in BASELINES]
-        cells = ["1" if arm == baseline else cell for baseline, cell in zip(BASELINES, found, strict=True)]
-        lines.append(f"| {what} | {' | '.join(cells)} | {seeds} |")
+        of_all = [
+            "1" if arm == baseline else str(step_ratio(given, arm, baseline, 1.0, score) or "")
+            for given, baseline, score in columns
+        ]
+        lines.append(f"| {what} | {' | '.join([*of_all[:2], str(seeds), *of_all[2:]])} |")
     return "\n".join(lines)
 
 
-def with_ladder(page: str, curves: Sequence[Curve]) -> str:
-    """A page with the table in its place."""
+def with_ladder(page: str, results: Path) -> str:
+    """A page with the table of the results in a folder in its place."""
     begin, end = MARKERS
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
-    return f"{before}{begin}\n\n{ladder(curves)}\n\n{end}{after}"
+    table = ladder(load_curves(results / TUNED_ON), load_curves(results / UNTOUCHED))
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 def factors(curves: Sequence[Curve], score: str) -> str | None:

@@ -42,7 +42,6 @@ from tqdm.auto import tqdm
 
 from measurement import ROOT
 from quality_arms import ARMS, SETTINGS, Job, Setting, jobs
-from quality_estimator import load_curves
 from quality_report import with_ladder, write_report
 from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
@@ -64,8 +63,6 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "steps_to_quality"
 ACTIONS = ("run", "prepare", "report", "status", "pause", "resume", "stop", "work")
 VALIDATION_IMAGES = 500
-FRONT_PAGE = "quickstart"
-"""The setting whose table the README shows."""
 SOURCE, STATE_FILE = "source-", "state.json"
 CLAIMS = "claims"
 LISTS = ("settings", "arms", "seeds", "runs")
@@ -124,7 +121,7 @@ def main(argv: list[str]) -> None:
             print(write_report(Path(config.results_dir) / setting))
         if Path(config.results_dir) == RESULTS:
             page = ROOT / "README.md"
-            write_text(page, with_ladder(page.read_text("utf-8"), load_curves(RESULTS / FRONT_PAGE)))
+            write_text(page, with_ladder(page.read_text("utf-8"), RESULTS))
     elif config.action == "status":
         print(status(config, work_dir))
     else:
