@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from forked import Forker, forking  # noqa: E402
 from loopback_hub import LoopbackHub, running_hub  # noqa: E402
 from nightly_result import NightlyResult  # noqa: E402
 from tiny_pictures import save_dot  # noqa: E402
@@ -44,6 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def _one_thread() -> None:
     """Two processes with two threads each stall one another on a small machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Starts scripts in processes of their own without the ten seconds that their imports take."""
+    with forking() as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 """Caching latents before a training: the same by one process and two, and found by the training's own options."""
 
 import logging
-import os
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from forked import Forker
 from speed_diffusers.errors import InputError
 from speed_diffusers.train_scripts import cache_latents
 
-ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ["max_train_samples=600", "random_flip=true"]
 """Three shards of the quickstart's images."""
 
@@ -23,22 +21,20 @@ def contents(cache_dir: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_make_the_bytes_of_one(
-    tmp_path: Path, fresh_accelerate: Callable[[], None], capsys: pytest.CaptureFixture[str]
+    forker: Forker, tmp_path: Path, fresh_accelerate: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache_latents.main([*EMBEDDED, f"cache_dir={tmp_path / 'one'}"])
     alone = capsys.readouterr()
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command += ["train_scripts/cache_latents.py", *EMBEDDED, f"cache_dir={tmp_path / 'two'}"]
-    together = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    together = forker.run(
+        tmp_path / "output", [*EMBEDDED, f"cache_dir={tmp_path / 'two'}"], size=2, script="cache_latents"
     )
-    assert together.returncode == 0, together.stderr
-    for name, (output, progress) in {"one": alone, "two": (together.stdout, together.stderr)}.items():
+    assert "images in" not in (tmp_path / "output" / "rank-1.txt").read_text(), "once, though there are two"
+    for name, output in {"one": alone.err + alone.out, "two": together}.items():
         (header,) = (tmp_path / name).rglob("header.json")
         size = 600 * (2 * 8 * 8 * 8 * 2 + 16)
-        assert output.startswith(f"600 images in 3 shards, {size:,} bytes, after ")
-        assert output.endswith(f" s: {header.parent}\n"), "once, though there are two"
-        assert "Caching latents: 100%" in progress and "600/600" in progress
+        said = rf"^600 images in 3 shards, {size:,} bytes, after .* s: {re.escape(str(header.parent))}$"
+        assert len(re.findall(said, output, re.MULTILINE)) == 1
+        assert "Caching latents: 100%" in output and "600/600" in output
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert [name for name in one if name.startswith("shard")] == [
         f"shard-0000{index}.safetensors" for index in range(3)

@@ -3,13 +3,9 @@
 import csv
 import errno
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from diffusers import DDIMScheduler
 from filelock import FileLock
 from PIL import Image
 
+from forked import Forker
 from pipeline_parts import pipeline_of, transformer
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation import generate
@@ -30,7 +27,6 @@ from speed_diffusers.locks import LOCK_FILE
 from speed_diffusers.train_scripts import generate_samples
 from tiny_run import file_size_limit
 
-ROOT = Path(__file__).resolve().parents[2]
 # Eleven images in passes of four: three passes, of which the last one computes an image that nobody asked for.
 FEW = ["num_images=11", "images_per_pass=4", "num_inference_steps=3"]
 
@@ -96,26 +92,18 @@ def test_any_batch_size_gives_the_same_bytes(make: Callable[..., Path], sampler:
 
 
 def test_two_processes_that_are_killed_at_half_and_one_that_goes_on_give_the_same_bytes(
-    make: Callable[..., Path], model: Path, tmp_path: Path, passes: list[int]
+    forker: Forker, make: Callable[..., Path], model: Path, tmp_path: Path, passes: list[int]
 ) -> None:
     many = ["num_images=160", "images_per_pass=4", "num_inference_steps=10", "guidance_scale=1.5"]
     whole = contents(make("whole", *many, "batch_size=7"))
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command += ["train_scripts/generate_samples.py", f"model={model}", *many, "batch_size=32"]
-    command += [f"output_dir={tmp_path / 'killed'}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    options = [f"model={model}", *many, "batch_size=32", f"output_dir={tmp_path / 'killed'}"]
+    processes = forker.start_ranks(tmp_path / "output", options, script="generate_samples")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "killed").glob("0*.png"))) < 40 and time.monotonic() < deadline:
         time.sleep(0.005)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [*map(int, workers), process.pid]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert len(workers) == 2
-    # The workers are nobody's children now: the system takes its time to end them and to let their lock go.
-    with FileLock(tmp_path / "killed" / LOCK_FILE, timeout=60):
-        pass
+    for process in processes:
+        process.send(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2
     there = {int(path.stem) for path in (tmp_path / "killed").glob("0*.png")}
     assert 40 <= len(there) < 160
     passes.clear()

@@ -5,27 +5,19 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 import kills
-from forked import Forker, forking, run_options
+from forked import Forker, run_options
 from run_outputs import assert_same_checkpoint, metrics
 from speed_diffusers.metrics.score_record import load_score
 
 NUM_IMAGES = 26
 """Of the folder of images, in batches of 4: epochs end within a batch."""
-
-
-@pytest.fixture(scope="module")
-def forker() -> Iterator[Forker]:
-    with forking() as made:
-        yield made
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from forked import forking, run_options
+from forked import Forker, run_options
 from run_outputs import final_tensors, metrics
 from speed_diffusers.errors import InputError
 from speed_diffusers.models import build_dit, export_transformer
@@ -60,7 +60,7 @@ def test_a_sharded_run_saves_whole_tensors_and_goes_on_exactly(tmp_path: Path) -
 
 
 def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
-    train: Callable[..., Path], tiny_options: list[str], tmp_path: Path
+    forker: Forker, train: Callable[..., Path], tiny_options: list[str], tmp_path: Path
 ) -> None:
     short = ["max_train_steps=4", "checkpointing_steps=2", "lr_warmup_steps=1", "num_validation_images=1"]
     alone = train(tmp_path / "alone", *short)
@@ -69,10 +69,9 @@ def test_a_run_over_two_processes_is_that_of_one_and_checkpoints_go_both_ways(
         "taken-over": ["train_batch_size=1", f"resume_from_checkpoint={alone / 'checkpoint-2'}"],
         "bf16": ["train_batch_size=2", "max_train_steps=1", "mixed_precision=bf16"],
     }
-    with forking() as forker:
-        for name, options in runs.items():
-            command = run_options(run_options(tiny_options, tmp_path / name, *short), tmp_path / name, *options)
-            forker.run(tmp_path / "output", command, size=2, changes=["sharded"])
+    for name, options in runs.items():
+        command = run_options(run_options(tiny_options, tmp_path / name, *short), tmp_path / name, *options)
+        forker.run(tmp_path / "output", command, size=2, changes=["sharded"])
     back = train(tmp_path / "back", *short, f"resume_from_checkpoint={tmp_path / 'sharded' / 'checkpoint-2'}")
     expected = final_tensors(alone, 4)
     for folder in (tmp_path / "sharded", tmp_path / "taken-over", back):

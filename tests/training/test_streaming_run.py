@@ -1,10 +1,7 @@
 """Training from a stream of parquet shards: stopped, resumed, on one process and on two."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +9,11 @@ import datasets
 import pytest
 import torch
 
+from forked import Forker, run_options
 from run_outputs import assert_same_run, final_tensors, metrics
 from small_images import image_rows
 from speed_diffusers.errors import InputError
 from speed_diffusers.training.checkpoints import read_state
-
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "train_scripts/train_dit_speed.py"
 
 
 @pytest.fixture
@@ -64,17 +59,11 @@ def test_a_streamed_run_resumes_exactly_whatever_decodes(
 
 
 def test_two_processes_stream_as_one_does_and_one_resumes_them(
-    train: Callable[..., Path], tiny_options: list[str], stream_options: list[str], tmp_path: Path
+    forker: Forker, train: Callable[..., Path], tiny_options: list[str], stream_options: list[str], tmp_path: Path
 ) -> None:
     one = train(tmp_path / "one", *stream_options)
-    named = ("train_data_dir", "train_batch_size", "output_dir")
-    options = [part for part in tiny_options if not part.startswith(named)]
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(TRAIN)]
-    command += [*options, *stream_options, "train_batch_size=2", f"output_dir={tmp_path / 'two'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    together = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert together.returncode == 0, together.stderr
-    assert "2 per device x 2 process(es) x 1 accumulated" in together.stdout
+    command = run_options(tiny_options, tmp_path / "two", *stream_options, "train_batch_size=2")
+    assert "2 per device x 2 process(es) x 1 accumulated" in forker.run(tmp_path / "output", command, size=2)
     assert bad_images(tmp_path / "two") == [20]
     for name in ("checkpoint-10", "checkpoint-12", "pipeline"):
         shutil.rmtree(tmp_path / "two" / name)
