@@ -396,7 +396,8 @@ def _optimizer(config: TrainConfig) -> str:
     adamw = f"AdamW, betas {config.adam_beta1:g} and {config.adam_beta2:g}, weight decay {config.adam_weight_decay:g}"
     clip = "" if config.max_grad_norm is None else f", gradients clipped to {config.max_grad_norm:g}"
     if config.optimizer == "muon":
-        return f"Muon (momentum {config.muon_momentum:g}) for the blocks' matrices, for all else {adamw}{clip}"
+        muon = f"Muon (momentum {config.muon_momentum:g}, {config.muon_ns_steps} Newton-Schulz steps)"
+        return f"{muon} for the blocks' matrices, for all else {adamw}{clip}"
     return adamw + clip
 
 

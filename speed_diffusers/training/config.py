@@ -210,6 +210,9 @@ class TrainConfig(_WithSpeeD):
         None, "Learning rate of Muon's matrices, in AdamW's units; None: learning_rate.", interval="(0, inf)"
     )
     muon_momentum: float = option(0.95, "Muon's decay of the momentum.", interval="[0, 1)")
+    muon_ns_steps: int = option(
+        5, "Newton-Schulz steps by which Muon orthogonalises; its cost is nearly proportional.", interval="[1, 99]"
+    )
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment.", interval="[0, 1)")
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment.", interval="[0, 1)")
     adam_weight_decay: float = option(0.0, "AdamW's weight decay.", interval="[0, 1000]")
@@ -336,7 +339,7 @@ class TrainConfig(_WithSpeeD):
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise InputError(f"learning_rate={self.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
         if self.optimizer != "muon":
-            for name in ("muon_learning_rate", "muon_momentum"):
+            for name in ("muon_learning_rate", "muon_momentum", "muon_ns_steps"):
                 if getattr(self, name) != default_of(next(field for field in fields(self) if field.name == name)):
                     raise InputError(f"{name}={getattr(self, name)}: only optimizer=muon knows it.")
         if self.conditioning_init != "dit" and self.pretrained_model_name_or_path is not None:

@@ -31,6 +31,7 @@ ALONG = {
     ),
     "muon_learning_rate": lambda value: {"optimizer": "muon"},
     "muon_momentum": lambda value: {"optimizer": "muon"},
+    "muon_ns_steps": lambda value: {"optimizer": "muon"},
     "shuffle_buffer_size": lambda value: {"streaming": True, "cache_latents": False},
     "speed_anneal_start": lambda value: {"speed_anneal_end": 1.0},
     "speed_anneal_end": lambda value: {"speed_anneal_start": 0.0},

@@ -10,7 +10,7 @@ import speed_diffusers.training.optimizer as optimizer_module
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.training.config import TrainConfig
 from speed_diffusers.training.guard import NonFiniteGuard
-from speed_diffusers.training.optimizer import Muon, MuonWithAdamW, make_optimizer
+from speed_diffusers.training.optimizer import Muon, MuonWithAdamW, make_optimizer, orthogonalised
 
 SHAPES = ((6, 6), (6, 6), (12, 6), (6, 12))
 
@@ -27,9 +27,10 @@ def _steps(optimizer: torch.optim.Optimizer, matrices: list[Tensor], steps: int 
         optimizer.step()
 
 
+@pytest.mark.parametrize("ns_steps", [5, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_muon_equals_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+def test_muon_equals_torchs(dtype: torch.dtype, ns_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", "ns_steps": ns_steps}
     mine, theirs = _matrices(0), _matrices(0)
     _steps(Muon(mine, dtype=dtype, **options), mine)
     if dtype == torch.float32:
@@ -41,6 +42,25 @@ def test_muon_equals_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     for matrix, other, begun in zip(mine, theirs, _matrices(0), strict=True):
         assert (other - begun).abs().max() > 2e-3
         torch.testing.assert_close(matrix, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (128, 32), (32, 49), (32, 47)])
+@pytest.mark.parametrize("steps", [1, 3, 5, 12])
+def test_long_matrices_take_fewer_products_to_the_same_result(shape: tuple[int, int], steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Singular values over six decades; and a matrix without gradients.
+    matrices = torch.randn(3, *shape, generator=generator) * torch.logspace(0, -6, shape[1])
+    matrices[2] = 0
+    settings = (3.4445, -4.775, 2.0315), steps
+    found = orthogonalised(matrices, *settings)
+    # In float64 as it is written, X <- a X + b (X X') X + c (X X')^2 X, on a norm of one.
+    expected = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = expected @ expected.mT
+        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
+    # Entries are of 0.1 to 0.4, and bfloat16 would round them by 1e-3.
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=5e-4)
+    assert found.shape == matrices.shape and not found[2].any()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
