@@ -39,7 +39,7 @@ class ArmTimeConfig(Options):
     """Options of this benchmark."""
 
     arms: list[str] = option(
-        ["uniform_epsilon", "paper_epsilon", "paper_v", "fast_adamw", "fast"],
+        ["uniform_epsilon", "paper_epsilon", "paper_v", "fast_adamw", "fast", "fast_ns_steps_3"],
         "Arms, the first of which the others are held against.",
         choices=ARMS,
     )

@@ -248,7 +248,7 @@ def _arms() -> dict[str, Arm]:
         for name, change in each.items():
             family = f"fast_{name}_cosine"
             chosen = options("fast", "v", **fast) | COSINE | change
-            seeds = (0,) if each is changes and name != "together" else (0, 1)
+            seeds = {"together": (0, 1), "quick": (0, 1, 2)}.get(name, (0,))
             grid.add(f"{family}_{steps}", chosen, steps=steps, measured_at=(steps,), seeds=seeds, curve=family)
     # What else could make the recipe faster, one thing at a time.
     recipe = options("fast", "v", **fast)
