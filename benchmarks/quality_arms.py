@@ -221,6 +221,10 @@ def _arms() -> dict[str, Arm]:
     cosine = {
         "uniform_epsilon": (options("uniform", "epsilon"), (1000, 3000)),
         "uniform_epsilon_tuned": (options("uniform", "epsilon", rate=4e-3), (1000, 3000)),
+        **{
+            f"uniform_epsilon_rate_{rate:g}": (options("uniform", "epsilon", rate=rate), (3000,))
+            for rate in (2e-3, 8e-3)
+        },
         "paper_v": (options("paper", "v", rate=4e-3), (500, 1000, 1500)),
         "quickstart": (options("paper", "v"), (3000,)),  # the first command, but for a longer warm-up there
         "fast_adamw": (options("fast", "v", init="unit", rate=4e-3), (500, 750, 1000)),
@@ -243,12 +247,14 @@ def _arms() -> dict[str, Arm]:
     # With fewer Newton-Schulz steps 880 steps are a third of the time.
     cheaper: dict[str, Options] = {f"ns_steps_{steps}": {"muon_ns_steps": steps} for steps in (3, 2)}
     cheaper["quick"] = changes["momentum_0.9"] | changes["rate_0.009"] | cheaper["ns_steps_3"]
+    quick = {"quick": cheaper["quick"]}
     cheaper["together_ns_steps_3"] = changes["together"] | cheaper["ns_steps_3"]
-    for steps, each in ((750, changes), (880, cheaper)):
+    lengths_of_trials = ((750, changes), (880, cheaper), (400, quick), (500, quick))
+    for steps, each in lengths_of_trials:
         for name, change in each.items():
             family = f"fast_{name}_cosine"
             chosen = options("fast", "v", **fast) | COSINE | change
-            seeds = {"together": (0, 1), "quick": (0, 1, 2)}.get(name, (0,))
+            seeds = {"together": (0, 1), "quick": (0, 1, 2, 3)}.get(name, (0,))
             grid.add(f"{family}_{steps}", chosen, steps=steps, measured_at=(steps,), seeds=seeds, curve=family)
     # What else could make the recipe faster, one thing at a time.
     recipe = options("fast", "v", **fast)
