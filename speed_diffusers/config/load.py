@@ -68,8 +68,8 @@ def load_config(schema: type[T], argv: Sequence[str], script_dir: Path, *, defau
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)  # it is read-only where the dataclass is frozen
     for where, source in [*sources, ("", values)]:
-        for key, raw in _taken_back(source, settings, where).items():
-            config[key] = raw
+        for key in _taken_back(source, settings, where):
+            config[key] = None
         for key, raw in source.items():
             try:
                 config[key] = _convert(_lookup(key, settings), raw)
@@ -78,6 +78,10 @@ def load_config(schema: type[T], argv: Sequence[str], script_dir: Path, *, defau
             except ValidationError as error:
                 words = settings[key].words
                 raise InputError(f"{where}{key}: '{raw}' means no value, but {key} must be {words}") from error
+        for key, setting in settings.items():
+            other, needed = setting.only_with or (None, None)
+            if other in source and key not in source and config[other] != needed:
+                config[key] = setting.default
     return cast(T, OmegaConf.to_object(config))
 
 
@@ -111,14 +115,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
-def _taken_back(source: Mapping[str, str | list[str]], settings: Mapping[str, Setting], where: str) -> dict[str, None]:
+def _taken_back(source: Mapping[str, str | list[str]], settings: Mapping[str, Setting], where: str) -> list[str]:
     """Options that a source takes back by giving another that says the same.
 
     Raises:
         InputError: It gives both.
     """
     given = {key for key, raw in source.items() if raw not in _NONE_WORDS}
-    taken: dict[str, None] = {}
+    taken = []
     for setting in settings.values():
         if setting.instead_of not in given:
             continue
@@ -128,7 +132,7 @@ def _taken_back(source: Mapping[str, str | list[str]], settings: Mapping[str, Se
                 f"{where}{setting.key}={source[setting.key]} and {other}={source[other]} say the same in two ways: "
                 "give one of them."
             )
-        taken[setting.key] = None
+        taken.append(setting.key)
     return taken
 
 

@@ -94,6 +94,7 @@ def option(
     path: bool = False,
     share: bool = False,
     instead_of: str | None = None,
+    only_with: tuple[str, object] | None = None,
 ) -> Any:
     """A dataclass field with its help text and its range.
 
@@ -108,6 +109,8 @@ def option(
         share: A float in [0, 1] that may also be written as true (all) or false (none).
         instead_of: Another option that says the same in other words: whoever gives one of the two takes back the
             other that a file below gave, and nobody gives both at once. The default is None.
+        only_with: Another option and its value without which this one means nothing: whoever gives that option another
+            value takes back what a file below gave for this one, and nobody gives both at once.
     """
     metadata = {
         "help": help,
@@ -117,6 +120,7 @@ def option(
         "path": path,
         "share": share,
         "instead_of": instead_of,
+        "only_with": only_with,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -138,6 +142,7 @@ class Setting:
     is_path: bool = False
     is_share: bool = False
     instead_of: str | None = None
+    only_with: tuple[str, object] | None = None
 
     @property
     def item_words(self) -> str:
@@ -182,6 +187,7 @@ def settings_of(schema: "type[DataclassInstance]") -> dict[str, Setting]:
             about.get("path", False),
             about.get("share", False),
             about.get("instead_of"),
+            about.get("only_with"),
         )
     return settings
 
@@ -192,7 +198,7 @@ def default_of(field: "dataclasses.Field[Any]") -> Any:
 
 
 class Options:
-    """Base of dataclasses of options: numbers are checked against the ranges that stand beside them.
+    """Base of dataclasses of options: values are checked against the ranges and other options that stand beside them.
 
     A subclass with checks of its own calls `super().__post_init__()` first.
     """
@@ -201,10 +207,10 @@ class Options:
     """What users write before a field's name, for messages."""
 
     def __post_init__(self) -> None:
-        """Checks every field that has a range.
+        """Checks every field that has a range, or means nothing without another.
 
         Raises:
-            InputError: A number lies outside its range, or is none.
+            InputError: A number lies outside its range, or is none; an option is given whose `only_with` is not.
         """
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             interval = field.metadata.get("interval")
@@ -214,6 +220,12 @@ class Options:
             name = self.PREFIX + field.name.rstrip("_")
             for number in value if isinstance(value, list | tuple) else [value]:
                 interval.require(name, number)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            other, needed = field.metadata.get("only_with") or (None, None)
+            value = getattr(self, field.name)
+            if other is not None and getattr(self, other) != needed and value != default_of(field):
+                needed = str(needed).lower() if isinstance(needed, bool) else needed
+                raise InputError(f"{field.name}={value}: only {other}={needed} knows it.")
 
 
 def help_text(schema: "type[DataclassInstance]", script_doc: str | None) -> str:

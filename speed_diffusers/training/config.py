@@ -5,7 +5,7 @@ from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..assets import EMBEDDED
-from ..config.schema import Options, default_of, option
+from ..config.schema import Options, option
 from ..errors import InputError
 from ..generation.samplers import SAMPLERS
 from ..metrics.extractors import FASHION_MNIST
@@ -91,6 +91,7 @@ class _DataAndModel(Options):
         DEFAULT_BUFFER,
         "Streamed images that may wait for their turn, over all processes; 1: none.",
         interval="[1, 10^9]",
+        only_with=("streaming", True),
     )
     resolution: int = option(256, "Side of the square training images, in pixels.", interval="[1, 2^14]")
     center_crop: bool = option(True, "Crop the centre square; false squeezes the whole image into a square.")
@@ -125,6 +126,7 @@ class _DataAndModel(Options):
         "dit",
         "How timestep and label embedders begin: dit (N(0, 0.02^2)), or unit: their sum has size 1 at any width.",
         choices=CONDITIONING_INITS,
+        only_with=("pretrained_model_name_or_path", None),
     )
     gradient_checkpointing: float = option(
         0.0, "Share of the blocks that recompute activations to save memory; true: all.", interval="[0, 1]", share=True
@@ -145,6 +147,7 @@ class _DataAndModel(Options):
         1.0,
         "Shift of a flow's times, for large images; above 1 favours much noise: log SNR falls by 2 ln(shift).",
         interval="[0.001, 1000]",
+        only_with=("prediction_type", "flow_prediction"),
     )
     variance_type: str = option(
         "fixed_small",
@@ -201,17 +204,28 @@ class TrainConfig(_WithSpeeD):
         0, "Optimizer steps over which the learning rate grows from 0.", interval="[0, 10^9]"
     )
     lr_decay_steps: int = option(
-        0, "Last optimizer steps, over which warmup_stable_decay falls to 0 by 1 - sqrt.", interval="[0, 10^9]"
+        0,
+        "Last optimizer steps, over which warmup_stable_decay falls to 0 by 1 - sqrt.",
+        interval="[0, 10^9]",
+        only_with=("lr_scheduler", COOLDOWN),
     )
     optimizer: str = option(
         "adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for all else.", choices=OPTIMIZERS
     )
     muon_learning_rate: float | None = option(
-        None, "Learning rate of Muon's matrices, in AdamW's units; None: learning_rate.", interval="(0, inf)"
+        None,
+        "Learning rate of Muon's matrices, in AdamW's units; None: learning_rate.",
+        interval="(0, inf)",
+        only_with=("optimizer", "muon"),
     )
-    muon_momentum: float = option(0.95, "Muon's decay of the momentum.", interval="[0, 1)")
+    muon_momentum: float = option(
+        0.95, "Muon's decay of the momentum.", interval="[0, 1)", only_with=("optimizer", "muon")
+    )
     muon_ns_steps: int = option(
-        5, "Newton-Schulz steps by which Muon orthogonalises; its cost is nearly proportional.", interval="[1, 99]"
+        5,
+        "Newton-Schulz steps by which Muon orthogonalises; its price is nearly proportional.",
+        interval="[1, 99]",
+        only_with=("optimizer", "muon"),
     )
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment.", interval="[0, 1)")
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment.", interval="[0, 1)")
@@ -231,7 +245,9 @@ class TrainConfig(_WithSpeeD):
     )
     mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
     compile: bool = option(False, "Compile the transformer's blocks (torch.compile); checkpoints stay plain.")
-    compile_backend: str = option("inductor", "Backend of torch.compile.", choices=COMPILE_BACKENDS)
+    compile_backend: str = option(
+        "inductor", "Backend of torch.compile.", choices=COMPILE_BACKENDS, only_with=("compile", True)
+    )
     deterministic: bool = option(
         False, "Kernels that repeat to the bit on GPUs too, where some add up in any order; slower.", free=True
     )
@@ -309,15 +325,16 @@ class TrainConfig(_WithSpeeD):
 
     def __post_init__(self) -> None:
         self.gradient_checkpointing = float(self.gradient_checkpointing)  # True from Python, as of old
+        if self.conditioning_init != "dit" and self.pretrained_model_name_or_path is not None:
+            raise InputError(
+                f"conditioning_init={self.conditioning_init}: a pretrained model has its weights already; leave it "
+                "out."
+            )
         super().__post_init__()
-        if not self.compile and self.compile_backend != "inductor":
-            raise InputError(f"compile_backend={self.compile_backend}: only compile=true knows it.")
         if self.check_images and not self.dry_run:
             raise InputError("check_images=true: only with dry_run=true.")
         if self.streaming and self.cache_latents:
             raise InputError("streaming=true encodes images as they come: it needs cache_latents=false.")
-        if not self.streaming and self.shuffle_buffer_size != DEFAULT_BUFFER:
-            raise InputError(f"shuffle_buffer_size={self.shuffle_buffer_size}: only streaming=true knows it.")
         if self.beta_start > self.beta_end:
             raise InputError(
                 f"beta_start={self.beta_start} beta_end={self.beta_end}: must be in order, and beta_end below 1."
@@ -334,19 +351,8 @@ class TrainConfig(_WithSpeeD):
                     f"lr_decay_steps={self.lr_decay_steps}: lr_scheduler={COOLDOWN} needs some in [1, max_train_steps "
                     f"- lr_warmup_steps], here [1, {self.max_train_steps - self.lr_warmup_steps}]."
                 )
-        elif self.lr_decay_steps:
-            raise InputError(f"lr_decay_steps={self.lr_decay_steps}: only lr_scheduler={COOLDOWN} knows it.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise InputError(f"learning_rate={self.learning_rate}: lr_scheduler=polynomial ends at {POLYNOMIAL_END}.")
-        if self.optimizer != "muon":
-            for name in ("muon_learning_rate", "muon_momentum", "muon_ns_steps"):
-                if getattr(self, name) != default_of(next(field for field in fields(self) if field.name == name)):
-                    raise InputError(f"{name}={getattr(self, name)}: only optimizer=muon knows it.")
-        if self.conditioning_init != "dit" and self.pretrained_model_name_or_path is not None:
-            raise InputError(
-                f"conditioning_init={self.conditioning_init}: a pretrained model has its weights already; leave it "
-                "out."
-            )
         if self.push_to_hub and self.hub_model_id is None:
             raise InputError("push_to_hub=true needs hub_model_id=OWNER/NAME.")
         if self.num_inference_steps > self.num_train_timesteps:

@@ -131,8 +131,6 @@ def make_scheduler(config: TrainConfig) -> TrainingScheduler:
             "prediction_type=v_prediction."
         )
     if config.prediction_type != FLOW_PREDICTION:
-        if config.flow_shift != 1.0:
-            raise InputError(f"flow_shift={config.flow_shift}: only prediction_type=flow_prediction knows it.")
         diffusion: TrainingScheduler = SpeeDDDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_start=config.beta_start,

@@ -27,12 +27,9 @@ ALONG = {
     "num_train_timesteps": lambda value: {"num_inference_steps": 1},
     "num_inference_steps": lambda value: {"num_train_timesteps": max(value, 2)},
     "lr_decay_steps": lambda value: (
-        {"lr_scheduler": "warmup_stable_decay", "max_train_steps": min(value, 10**9)} if value > 0 else {}
+        {"max_train_steps": min(value, 10**9)} if value > 0 else {"lr_scheduler": "constant"}
     ),
-    "muon_learning_rate": lambda value: {"optimizer": "muon"},
-    "muon_momentum": lambda value: {"optimizer": "muon"},
-    "muon_ns_steps": lambda value: {"optimizer": "muon"},
-    "shuffle_buffer_size": lambda value: {"streaming": True, "cache_latents": False},
+    "shuffle_buffer_size": lambda value: {"cache_latents": False},
     "speed_anneal_start": lambda value: {"speed_anneal_end": 1.0},
     "speed_anneal_end": lambda value: {"speed_anneal_start": 0.0},
 }
@@ -57,7 +54,30 @@ def neighbour(value: float, direction: int) -> float:
 
 def at(key: str, value: float) -> dict[str, float]:
     """The options that put one to a value."""
-    return {**ALONG.get(key, lambda value: {})(value), key: value}
+    needed = dict([SETTINGS[key].only_with or (key, value)])
+    return {**needed, **ALONG.get(key, lambda value: {})(value), key: value}
+
+
+@pytest.mark.parametrize("key", [key for key, setting in SETTINGS.items() if setting.only_with])
+def test_what_means_nothing_without_another_is_given_with_it_alone(key: str, tmp_path: Path) -> None:
+    setting, values = SETTINGS[key], {"muon_momentum": 0.5, "muon_ns_steps": 3, "lr_decay_steps": 7}
+    other, needed = setting.only_with or ("", None)
+    value = next(value for value in (values.get(key), *setting.choices, 2) if value not in (None, setting.default))
+    without = {other: False if needed is True else "somebody/a-model" if needed is None else SETTINGS[other].default}
+    said = "true" if needed is True else needed
+    if key != "conditioning_init":  # which says why
+        with pytest.raises(InputError, match=rf"^{key}=[\w.]+: only {other}={said} knows it\.$"):
+            TrainConfig(**{**without, key: value})  # type: ignore[arg-type]
+    # What a file says of it is forgotten with the other option, and only then.
+    extra = "cache_latents: false\n" if other == "streaming" else ""
+    file = tmp_path / "both.yaml"
+    file.write_text(f"{extra}{key}: {value}\n" + (f"{other}: {said}\n" if needed is not None else ""))
+    argv = [f"config={file}", "max_train_steps=10"]
+    assert getattr(load_config(TrainConfig, argv, tmp_path), key) == value
+    taken_back = load_config(TrainConfig, [*argv, *(f"{name}={chosen}" for name, chosen in without.items())], tmp_path)
+    assert getattr(taken_back, key) == setting.default
+    same = load_config(TrainConfig, [*argv, f"{other}={said}"], tmp_path)
+    assert getattr(same, key) == value
 
 
 @pytest.mark.parametrize("key", RANGED)
@@ -88,7 +108,7 @@ def test_every_value_of_the_process_gives_sound_tables(key: str) -> None:
     flow = {"prediction_type": "flow_prediction"} if key == "flow_shift" else {}
     for value in range_ends(str(setting.interval), setting.item):
         # Two timesteps change at one constant rate, which change-aware weights refuse.
-        config = TrainConfig(**at(key, value), **flow, speed_weighting="min_snr")  # type: ignore[arg-type]
+        config = TrainConfig(**{**at(key, value), **flow}, speed_weighting="min_snr")  # type: ignore[arg-type]
         tables = make_scheduler(config).speed_strategy.tables(0.5)
         assert bool((tables.pmf >= 0).all()) and float(tables.pmf.sum()) == pytest.approx(1.0), value
         weights = tables.weights.float()
