@@ -66,7 +66,8 @@ from pathlib import Path
 from speed_diffusers.config.load import load_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.training.config import TrainConfig
-assert load_config(TrainConfig, ["lr_num_cycles=3"], Path("train_scripts")).lr_num_cycles == 3
+argv = ["lr_num_cycles=3", "lr_scheduler=cosine_with_restarts"]
+assert load_config(TrainConfig, argv, Path("train_scripts")).lr_num_cycles == 3
 assert "lr_num_cycles: a whole number in [1, inf), default 1" in help_text(TrainConfig, None)
 try:
     load_config(TrainConfig, ["lr_num_cycles=0"], Path("train_scripts"))
