@@ -31,12 +31,13 @@ from speed_diffusers.config.schema import option
 from speed_diffusers.models import DIT_SIZES, build_dit
 from speed_diffusers.objective import denoising_loss
 from speed_diffusers.randomness import keyed_generator
-from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
+from speed_diffusers.training.config import TrainConfig, trainer_options
 from speed_diffusers.training.profiling import PARTS, OperationCounter
 from speed_diffusers.training.run import Inputs, TrainingRun
 from speed_diffusers.training.setup import temporary_run
 from speed_diffusers.training.step import draws_of, training_steps
 from speed_diffusers.training.step_log import StepLog
+from training_runs import SPEED_CONFIG
 
 NETWORK = "network"
 """Label of the network's forward pass, within that of forward and loss."""
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     Raises:
         InputError: Wrong options; nothing has been written.
     """
-    config = load_config(HostWorkConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
+    config = load_config(HostWorkConfig, argv, SCRIPT_DIR, default=SPEED_CONFIG)
     options = replace(
         trainer_options(config),
         logging_steps=config.counted_steps + 1,

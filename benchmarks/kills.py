@@ -34,8 +34,10 @@ from speed_diffusers.config.schema import Options, option
 from speed_diffusers.files import check_writable, file_sha256, remove, write_text
 from speed_diffusers.train_scripts import train_dit_speed
 from speed_diffusers.training.tracking import read_metrics
+from training_runs import SPEED_CONFIG
 
 RUN = {
+    "config": SPEED_CONFIG,
     "max_train_samples": 60,
     "random_flip": True,
     "model": "DiT-tiny/4",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speed_diffusers.presets import PRESETS
+from training_runs import SPEED_CONFIG
 
 Options = dict[str, Any]
 
@@ -46,7 +47,7 @@ TWO = (0, 1)
 
 # Constant rate, no warm-up and an EMA of fixed length, so that every step of a run is the end of a shorter one.
 SHARED: Options = {
-    "config": "quickstart/fashion_mnist",
+    "config": SPEED_CONFIG,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
     "ema_decay": 0.995,

@@ -31,11 +31,12 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import option
 from speed_diffusers.errors import InputError
 from speed_diffusers.presets import PRESETS
-from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig, trainer_options
+from speed_diffusers.training.config import TrainConfig, trainer_options
 from speed_diffusers.training.parts import make_scheduler
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import temporary_run
 from speed_diffusers.training.step import training_steps
+from training_runs import SPEED_CONFIG
 
 SPEED, UNIFORM = ARMS = ("paper", "uniform")
 NAMES = {SPEED: "SpeeD", UNIFORM: "uniform"}
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     Raises:
         InputError: Wrong options, or a busy machine; nothing has been written.
     """
-    config = load_config(StepTimeConfig, argv, SCRIPT_DIR, default=DEFAULT_CONFIG)
+    config = load_config(StepTimeConfig, argv, SCRIPT_DIR, default=SPEED_CONFIG)
     load_before = load_average()
     if load_before > MAX_LOAD and not config.allow_load:
         raise InputError(

@@ -129,6 +129,7 @@ def tiny_options(
 
         monkeypatch.setattr(results, "save_error_map", save_dot)
     return [
+        "config=quickstart/fashion_mnist",
         f"train_data_dir={image_folder}",
         "dataset_name=None",
         f"pretrained_vae_model_name_or_path={tiny_vae}",

@@ -96,7 +96,7 @@ def test_the_wheel_holds_library_scripts_configs_pipelines_and_assets(wheel: Pat
         expected |= {f"speed_diffusers/{name}" for name in tracked(folder)}
     assert sorted(expected - held) == [], "missing in the wheel"
     assert sorted(held - expected) == [], "not of this checkout"
-    for name in ("train_scripts/train_dit_speed.py", "train_scripts/configs/quickstart/fashion_mnist.yaml"):
+    for name in ("train_scripts/train_dit_speed.py", "train_scripts/configs/quickstart/fast.yaml"):
         assert f"speed_diffusers/{name}" in held
     assert licences == {"LICENSE", "NOTICE"}
 
@@ -119,7 +119,7 @@ def test_scripts_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1:] == [2]
     assert (run / "checkpoint-2" / "model.safetensors").is_file() and (run / "samples.png").is_file()
     config = (run / "config.yaml").read_text()
-    assert re.search("^speed_sampling: asymmetric$", config, re.M) and re.search("^max_train_steps: 2$", config, re.M)
+    assert re.search("^speed_sampling: gaussian:mean=-1$", config, re.M) and re.search("^max_train_steps: 2$", config, re.M)
 
     sample = [sys.executable, "-m", "speed_diffusers.train_scripts.sample", "model=runs/quickstart"]
     printed = checked([*sample, "num_inference_steps=2", "num_images_per_class=1"], work, **environment)

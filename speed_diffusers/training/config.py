@@ -16,7 +16,7 @@ from ..settings import SPEED_KEYS, SpeeDOptions
 from ..strategy import REGISTRIES
 from ..variance import VARIANCE_TYPES
 
-DEFAULT_CONFIG = "quickstart/fashion_mnist"
+DEFAULT_CONFIG = "quickstart/fast"
 """What the training script trains where it is told nothing."""
 
 OPTIMIZERS = ("adamw", "muon")

@@ -314,8 +314,10 @@ def test_measured_results_in_words_are_those_of_the_benchmarks() -> None:
     equal = ratio("fast_ema_0.99", "uniform_epsilon_tuned_ema_0.99")
     assert f"{' and '.join(short)}, and {equal.mean:.1f} where the baseline has it too" in benchmarks
     readme = " ".join(TEXTS["README.md"].split())
-    step = json.loads((ROOT / "benchmarks/arm_step_time/DiT-tiny-2.json").read_text("utf-8"))["arms"]["fast"]
+    times = json.loads((ROOT / "benchmarks/arm_step_time/DiT-tiny-2.json").read_text("utf-8"))["arms"]
+    step, three = times["fast"], times["fast_ns_steps_3"]
     assert "{:.2f} of the baseline's step ({:.2f} to {:.2f})".format(step["ratio"], *step["interval_95"]) in benchmarks
+    assert "instead of five {:.2f} ({:.2f} to {:.2f})".format(three["ratio"], *three["interval_95"]) in benchmarks
     small = json.loads((ROOT / "benchmarks/arm_step_time/DiT-S-2.json").read_text("utf-8"))["arms"]["fast"]
     assert "{:.2f} ({:.2f} to {:.2f}), so there".format(small["ratio"], *small["interval_95"]) in benchmarks
     by_clock = [f"{ratio('fast', baseline).mean / step['ratio']:.1f}" for baseline in BASELINES]

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from speed_diffusers.config.load import load_config
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
-from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
+from speed_diffusers.training.config import TrainConfig
 from speed_diffusers.training.run import TrainingRun
 from speed_diffusers.training.setup import temporary_run
 from speed_diffusers.training.step import training_steps
@@ -48,7 +48,7 @@ def test_steps_are_taken_one_by_one_and_are_those_of_the_script(
     train: Callable[..., Path], tiny_options: list[str], tmp_path: Path, fresh_accelerate: Callable[[], None]
 ) -> None:
     folder = train(tmp_path / "script")
-    config = load_config(TrainConfig, tiny_options, SCRIPT_DIR, default=DEFAULT_CONFIG)
+    config = load_config(TrainConfig, tiny_options, SCRIPT_DIR)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     fresh_accelerate()
     with temporary_run(config, steps=12) as run:
@@ -77,9 +77,7 @@ def test_a_consumer_that_stops_early_leaves_the_run_at_its_step(
 ) -> None:
     accumulated = ["gradient_accumulation_steps=2", "checkpointing_steps=3", "max_train_steps=3"]
     folder = train(tmp_path / "script", *accumulated)
-    config = load_config(
-        TrainConfig, [*tiny_options, "gradient_accumulation_steps=2"], SCRIPT_DIR, default=DEFAULT_CONFIG
-    )
+    config = load_config(TrainConfig, [*tiny_options, "gradient_accumulation_steps=2"], SCRIPT_DIR)
     fresh_accelerate()
     with temporary_run(config, steps=12) as run:
         for step in training_steps(run):
@@ -108,7 +106,7 @@ def test_images_of_a_step_are_encoded_vae_batch_size_at_a_time(
         fresh_accelerate()
         sizes.clear()
         options = [*tiny_options, "cache_latents=false", f"vae_batch_size={size}"]
-        with temporary_run(load_config(TrainConfig, options, SCRIPT_DIR, default=DEFAULT_CONFIG), steps=2) as run:
+        with temporary_run(load_config(TrainConfig, options, SCRIPT_DIR), steps=2) as run:
             losses[size] = [step.micro_steps[0].result.loss for step in training_steps(run)]
         assert sizes == expected
     assert_close(losses[3], losses[8], rtol=1e-5, atol=0)

@@ -1,7 +1,8 @@
 """Puts the transformer of a run, in half precision, beside the embedded autoencoder, and scores it.
 
-accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_scripts/train_dit_speed.py
-python train_scripts/assets/make_embedded_checkpoint.py run=runs/quickstart
+accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_scripts/train_dit_speed.py \
+    config=quickstart/fashion_mnist
+python train_scripts/assets/make_embedded_checkpoint.py run=runs/quickstart_speed
 """
 
 import json
@@ -29,7 +30,7 @@ QUALITY_FILE = "quality.json"
 class EmbeddedCheckpointConfig(Options):
     """Options of `make_embedded_checkpoint.py`."""
 
-    run: str = option("runs/quickstart", "Run, or pipeline folder, to take the transformer from.", path=True)
+    run: str = option("runs/quickstart_speed", "Run, or pipeline folder, to take the transformer from.", path=True)
     output_dir: str = option(str(EMBEDDED_PIPELINE), "Pipeline folder that holds the autoencoder already.", path=True)
     num_images: int = option(2000, "Generated images of the score.", interval="[2, inf)")
 
