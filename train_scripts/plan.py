@@ -187,6 +187,7 @@ def training_cost(config: PlanConfig) -> TrainingCost:
         num_images=num_images,
         random_flip=config.random_flip,
         gradient_checkpointing=config.gradient_checkpointing,
+        muon_ns_steps=config.muon_ns_steps if config.optimizer == "muon" else None,
     )
 
 

@@ -2,20 +2,23 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ..errors import InputError, unknown_name
 from ..presets import PRESETS
 from ..process import Areas
 from ..registry import Registry
 from ..schedulers import speed_scheduler
-from ..settings import SPEED_DEFAULTS
-from ..strategy import REGISTRIES
+from ..settings import PREFIX, SPEED_DEFAULTS, SPEED_KEYS, SpeeDOptions
+from ..strategy import REGISTRIES, SpeeDStrategy
 from ..tables import SpeeDTables
 from ..timesteps import DENSITIES, UNIFORM
 from ..weightings import WEIGHTINGS
 from .strategy_plot import area_shares, log_snr_moments, mean_weight, relative_density
-from .training_cost import BYTES_A_PARAMETER, TrainingCost, gpu_named
+from .training_cost import BYTES_A_PARAMETER, BYTES_OF_MUON, TrainingCost, gpu_named
 
 # A plus before a digit is a number's, as in 1e+3.
 PLUS = re.compile(r"\+(?=[A-Za-z_])")
@@ -86,6 +89,42 @@ def speed_values(name: str) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"strategy '{name}': {error}") from error
     return chosen
+
+
+def unused_options(strategy: SpeeDStrategy) -> list[str]:
+    """Options of a strategy that were given though neither draws nor weights depend on them, as `speed_NAME=VALUE`.
+
+    Found by making the tables with other values of each, at the beginning, in the middle and at the end of a training.
+    A learned density or weighting is compared as it is before it has learned anything.
+    """
+
+    def tables(**changed: object) -> list[SpeeDTables]:
+        made = SpeeDStrategy(strategy.process, replace(strategy.options, **changed))  # type: ignore[arg-type]
+        return [made.tables(progress) for progress in (0.0, 0.5, 1.0)]
+
+    default = SpeeDOptions()
+    # The default, and what no other option comes to by itself: the tau that is given may be the one that r gives.
+    others: dict[str, list[dict[str, object]]] = {
+        name: [{name: getattr(default, name)}] for key, name in SPEED_KEYS.items() if key not in REGISTRIES
+    }
+    others["tau"].append({"tau": 0.37})
+    for name in ("anneal_start", "anneal_end"):  # means nothing without the other
+        others[name] = [{"anneal_start": default.anneal_start, "anneal_end": default.anneal_end}]
+    given = {name: getattr(strategy.options, name) for name in others}
+    given = {name: value for name, value in given.items() if value != getattr(default, name)}
+    own = tables() if given else []
+    return [
+        f"{PREFIX}{name.rstrip('_')}={value}"
+        for name, value in given.items()
+        if not any(_differ(own, tables(**changed)) for changed in others[name])
+    ]
+
+
+def _differ(some: Sequence[SpeeDTables], others: Sequence[SpeeDTables]) -> bool:
+    return not all(
+        torch.allclose(mine.pmf, its.pmf, rtol=1e-6, atol=0) and torch.allclose(mine.weights, its.weights, rtol=1e-6)
+        for mine, its in zip(some, others, strict=True)
+    )
 
 
 def describe_run(scheduler: Any, cost: TrainingCost, *, gpu: str | None = None, num_gpus: int = 1) -> str:
@@ -179,10 +218,12 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     """
     per_mac = f"{6 + 2 * cost.gradient_checkpointing:.3g}"
     byte_words = ", ".join(f"{name} {count}" for name, count in BYTES_A_PARAMETER.items())
+    if cost.muon_ns_steps is not None:
+        byte_words += f", Muon's momentum {BYTES_OF_MUON} instead of the moments of what it takes"
     rows = [
         ("parameters", f"{cost.num_parameters / 1e6:,.2f} M", "counted, in training form"),
         ("compute, per image", _flops(cost.image_flops), f"{per_mac} x multiply-accumulates of a forward pass"),
-        ("compute, per step", _flops(cost.step_flops), f"x {cost.global_batch:,} images"),
+        ("compute, per step", _flops(cost.step_flops), f"x {cost.global_batch:,} images{_muon_words(cost)}"),
         ("compute, the run", _flops(cost.run_flops), f"x max_train_steps = {cost.max_train_steps:,}"),
     ]
     if gpu is not None:
@@ -211,6 +252,12 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
         "many steps a quality needs."
     )
     return "\n".join(lines)
+
+
+def _muon_words(cost: TrainingCost) -> str:
+    if cost.muon_ns_steps is None:
+        return ""
+    return f" + {_flops(cost.muon_flops)} of Muon's {cost.muon_ns_steps} Newton-Schulz steps, whatever the batch"
 
 
 def _flops(number: float) -> str:

@@ -55,6 +55,9 @@ GPUS: dict[str, GPU] = {
 BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "EMA weights": 4}
 """Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
 
+BYTES_OF_MUON = 4
+"""Of its momentum, which a matrix has instead of AdamW's moments."""
+
 BYTES_A_MOMENT = 2
 """The cache holds mean and log-variance of every latent value in float16."""
 
@@ -115,7 +118,7 @@ def forward_macs(config: Mapping[str, Any]) -> int:
     """
     patch = config["patch_size"]
     tokens = (config["sample_size"] // patch) ** 2
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    width = _width(config)
     # Query, key, value and output are 4 d^2 per token, the feed-forward of ratio 4 is 8 d^2; adaLN is 6 d^2 per image.
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
     embedder = 256 * width + width**2
@@ -123,6 +126,10 @@ def forward_macs(config: Mapping[str, Any]) -> int:
     patches_out = tokens * patch**2 * config["out_channels"] * width
     head = 2 * width**2
     return int(config["num_layers"] * block + embedder + patches_in + patches_out + head)
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 
 def training_flops(config: Mapping[str, Any]) -> int:
@@ -149,6 +156,7 @@ class TrainingCost:
         num_images: Images of the data; None: not known.
         random_flip: The cache holds the flipped images too.
         gradient_checkpointing: Share of the blocks whose activations are computed twice, in [0, 1].
+        muon_ns_steps: Newton-Schulz steps of Muon; None: AdamW takes all parameters.
     """
 
     config: Mapping[str, Any]
@@ -158,6 +166,7 @@ class TrainingCost:
     num_images: int | None = None
     random_flip: bool = False
     gradient_checkpointing: float = 0.0
+    muon_ns_steps: int | None = None
 
     @property
     def image_flops(self) -> float:
@@ -165,9 +174,19 @@ class TrainingCost:
         return training_flops(self.config) * (1.0 + (RECOMPUTED - 1.0) * self.gradient_checkpointing)
 
     @property
+    def muon_flops(self) -> float:
+        """Operations by which Muon orthogonalises in an optimizer step, on all devices, which share them.
+
+        A Newton-Schulz step multiplies an a x b matrix, a <= b, by its transpose, the square of that by itself and the
+        sum of both by the matrix: 2 (2 a^2 b + a^3). A block has four d x d and two d x 4d matrices. In float32 on a
+        CPU it takes a quarter less (`training.optimizer`).
+        """
+        return float(60 * _width(self.config) ** 3 * self.config["num_layers"] * (self.muon_ns_steps or 0))
+
+    @property
     def step_flops(self) -> float:
         """Operations of an optimizer step on all devices."""
-        return self.image_flops * self.global_batch
+        return self.image_flops * self.global_batch + self.muon_flops
 
     @property
     def run_flops(self) -> float:
@@ -189,8 +208,9 @@ class TrainingCost:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients, AdamW's moments and EMA weights, on every device that holds all of them."""
-        return self.num_parameters * sum(BYTES_A_PARAMETER.values())
+        """Bytes of weights, gradients, optimizer state and EMA weights, on every device that holds all of them."""
+        under_muon = 0 if self.muon_ns_steps is None else 12 * _width(self.config) ** 2 * self.config["num_layers"]
+        return self.num_parameters * sum(BYTES_A_PARAMETER.values()) - under_muon * (8 - BYTES_OF_MUON)
 
     @property
     def latent_bytes(self) -> int:

@@ -25,7 +25,7 @@ from ..metrics.score import ScoreSettings, check_measurable, score_pipeline
 from ..metrics.score_record import save_score, score_path
 from ..models import export_transformer
 from ..reports.plots import save_class_grid, save_error_map
-from ..reports.strategy_report import describe_run
+from ..reports.strategy_report import describe_run, unused_options
 from ..reports.training_cost import TrainingCost
 from ..variance import LEARNED_RANGE
 from ..version import __version__
@@ -73,6 +73,7 @@ def describe_plan(inputs: Inputs) -> str:
         "speed": "{speed_sampling} sampling, {speed_weighting} weighting".format(**config.speed),
         "target": config.prediction_type + (", learned variance" if config.variance_type == LEARNED_RANGE else ""),
         "draws": shares,
+        "unused": ", ".join(unused_options(inputs.scheduler.speed_strategy)),
         "output": config.output_dir,
     }
     return "\n".join(f"{name:>7}: {text}" for name, text in lines.items() if text)
@@ -89,6 +90,7 @@ def describe_costs(inputs: Inputs) -> str:
         num_images=len(inputs.source),
         random_flip=config.random_flip,
         gradient_checkpointing=config.gradient_checkpointing,
+        muon_ns_steps=config.muon_ns_steps if config.optimizer == "muon" else None,
     )
     return describe_run(inputs.scheduler, cost)
 

@@ -1,5 +1,7 @@
 """The formula of a DiT's operations against its paper and against torch's own count."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,11 +10,14 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.reports.training_cost import (
     GPUS,
+    TrainingCost,
     forward_macs,
     gpu_of_device,
     model_flops_utilization,
     training_flops,
 )
+from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.optimizer import make_optimizer
 
 
 def config_of(model: str, sample_size: int = 32) -> dict[str, object]:
@@ -42,6 +47,26 @@ def test_torch_counts_the_same(model: str, sample_size: int) -> None:
     counted = forward.get_total_flops() + backward.get_total_flops()
     # The first layer's input needs no gradient, which a patch embedding of few channels hardly shows.
     assert counted == pytest.approx(2 * training_flops(config), rel=5e-3)
+
+
+@pytest.mark.parametrize("ns_steps", [3, 5])
+def test_torch_counts_the_same_of_muon(ns_steps: int) -> None:
+    config = config_of("DiT-tiny/4", 16)
+    with torch.device("meta"):
+        core = build_dit(config, None)
+    for parameter in core.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    options = TrainConfig(optimizer="muon", muon_ns_steps=ns_steps)
+    muon = make_optimizer(options, core, torch.device("meta")).parts[1]  # type: ignore[attr-defined]
+    with FlopCounterMode(display=False) as counted:
+        muon.step()
+    parameters = sum(parameter.numel() for parameter in core.parameters())
+    plain = TrainingCost(config, parameters, global_batch=8, max_train_steps=2)
+    cost = replace(plain, muon_ns_steps=ns_steps)
+    assert counted.get_total_flops() == cost.muon_flops == cost.step_flops - plain.step_flops > 0
+    under_muon = sum(state["momentum_buffer"].numel() for state in muon.state.values())
+    assert cost.state_bytes == 12 * parameters + 4 * under_muon + 8 * (parameters - under_muon) < plain.state_bytes
+    assert plain.muon_flops == 0
 
 
 @pytest.mark.parametrize(

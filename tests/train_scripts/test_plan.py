@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from speed_diffusers import SpeeDDDPMScheduler
+from speed_diffusers import ForwardProcess, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
 from speed_diffusers.config.load import load_config, save_config
 from speed_diffusers.errors import InputError
 from speed_diffusers.presets import PRESETS
@@ -31,6 +31,7 @@ from speed_diffusers.reports.strategy_report import (
     describe_strategies,
     own_name,
     strategy_tables,
+    unused_options,
 )
 from speed_diffusers.reports.training_cost import GPUS, gpu_named
 from speed_diffusers.schedulers import speed_scheduler
@@ -139,8 +140,8 @@ def test_own_images_are_listed_and_counted(
 
 def test_the_default_plans_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = plan([], tmp_path, capsys)
-    assert "9,000 images x 2 moments of 4x8x8" in printed
-    assert row(printed, "paper") and row(printed, "uniform")
+    assert "9,000 images x 2 moments of 4x8x8" in printed and "of Muon's 3 Newton-Schulz steps" in printed
+    assert row(printed, "fast") and row(printed, "uniform")
 
 
 def test_a_density_over_log_snr_is_the_same_on_every_schedule() -> None:
@@ -202,6 +203,26 @@ def test_a_run_is_described_in_one_call() -> None:
     assert float(row(text, "GPU hours")[0]) == pytest.approx(2 * float(row(text, "hours on the clock")[0]), rel=1e-3)
     # A strategy that is uniform already stands there once.
     assert describe_run(SpeeDDDPMScheduler(**PRESETS["uniform"]), cost).count("density x weight") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, []),
+        ({"k": 10, "tau": 700, "lambda_": 0.7}, []),
+        ({"weighting": "none", "k": 10, "lambda_": 0.7}, ["speed_lambda=0.7"]),
+        ({"sampling": "gaussian", "weighting": "none", "k": 10, "r": 99.0}, ["speed_k=10", "speed_r=99.0"]),
+        ({"tau": 0.5, "r": 99.0}, ["speed_r=99.0"]),
+        ({"sampling": "two_phase:until=0.4,first=asymmetric", "k": 10}, []),
+        ({"anneal_start": 0.2, "anneal_end": 0.6}, []),
+        ({"k": 1.0, "anneal_start": 0.2, "anneal_end": 0.6}, ["speed_anneal_start=0.2", "speed_anneal_end=0.6"]),
+        ({"sampling": "uniform", "normalize_weights": True}, []),
+        ({"sampling": "uniform", "weighting": "none", "normalize_weights": True}, ["speed_normalize_weights=True"]),
+    ],
+)
+def test_options_that_change_nothing_are_named(options: dict[str, object], unused: list[str]) -> None:
+    process = ForwardProcess.from_scheduler(DDPMScheduler())
+    assert unused_options(SpeeDStrategy(process, SpeeDOptions(**options))) == unused  # type: ignore[arg-type]
 
 
 def test_progress_shows_what_changes_in_training() -> None:
