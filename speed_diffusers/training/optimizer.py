@@ -142,7 +142,7 @@ def orthogonalised(
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(eps)
     # Squares and nearly squares gain nothing. Squared, a matrix needs twice the digits, and what rounding leaves below
     # zero grows twelvefold with each step: five leave it at 1e-3 in float32, but not in bfloat16, and ten would not.
-    by_gram = 2 * wide.shape[-1] > 3 * wide.shape[-2] and wide.dtype != torch.bfloat16 and steps <= 5
+    by_gram = 2 * wide.shape[-1] > 3 * wide.shape[-2] and wide.dtype in (torch.float32, torch.float64) and steps <= 5
     result = (_steps_on_gram if by_gram else _steps_on_matrix)(wide, coefficients, steps)
     return result.mT if is_tall else result
 

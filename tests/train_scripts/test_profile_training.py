@@ -83,7 +83,9 @@ def test_the_options_of_every_preset_are_the_trainers(name: str) -> None:
 
 
 def test_a_preset_of_imagenet_is_profiled(tiny_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    options = [option for option in tiny_options if not option.startswith(("max_train", "lr_", "checkpointing"))]
+    options = [
+        option for option in tiny_options if not option.startswith(("config", "max_train", "lr_", "checkpointing"))
+    ]
     small = ["resolution=32", "dataloader_num_workers=0", "gradient_accumulation_steps=2", "validation_steps=5"]
     small.append("validation_class_labels=cat")
     main(["config=imagenet_256/dit_xl2", *options, *small, *SHORT])
