@@ -277,12 +277,16 @@ def _arms() -> dict[str, Arm]:
     for name in ("ema_0.99", "beta2_0.99"):
         chosen = options("uniform", "epsilon", rate=4e-3) | trials[name]
         grid.add(f"uniform_epsilon_tuned_{name}", chosen, seeds=(0, 1, 2) if name == "ema_0.99" else (0,))
-    # Every density at both targets, all else as DiT has it.
+    # Every density at both targets, all else as DiT has it: one seed and fewer scores, to find out what is far off.
+    screened: dict[str, dict[str, Any]] = {
+        "epsilon": {"measured_at": (750, 1500, 3000), "seeds": (0,)},
+        "v": {"steps": 2000, "measured_at": (500, 1000, 1500, 2000), "seeds": (0,)},
+    }
     for density in DENSITIES:
-        for target in ("epsilon", "v"):
+        for target, measured in screened.items():
             name = f"{density}_{target}"
             if name not in grid.arms:
-                grid.add(name, options(density, target), **(MIDDLE if target == "v" else {}))
+                grid.add(name, options(density, target), **measured)
     # What the field has found since, over the density, target and initialisation of the recipe.
     unit = options("fast", "v", init="unit")
     uncertainty: Options = {"speed_weighting": "uncertainty"}
