@@ -110,8 +110,8 @@ def unused_options(strategy: SpeeDStrategy) -> list[str]:
     others["tau"].append({"tau": 0.37})
     for name in ("anneal_start", "anneal_end"):  # means nothing without the other
         others[name] = [{"anneal_start": default.anneal_start, "anneal_end": default.anneal_end}]
-    given = {name: getattr(strategy.options, name) for name in others}
-    given = {name: value for name, value in given.items() if value != getattr(default, name)}
+    values = {name: getattr(strategy.options, name) for name in others}
+    given = {name: value for name, value in values.items() if value != getattr(default, name)}
     own = tables() if given else []
     return [
         f"{PREFIX}{name.rstrip('_')}={value}"

@@ -52,7 +52,8 @@ GPUS: dict[str, GPU] = {
 }
 """GPUs by name, with the peaks of the vendors' data sheets; case does not matter to `gpu_named`."""
 
-BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "EMA weights": 4}
+MOMENTS = "AdamW's moments"
+BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, MOMENTS: 8, "EMA weights": 4}
 """Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
 
 BYTES_OF_MUON = 4
@@ -210,7 +211,8 @@ class TrainingCost:
     def state_bytes(self) -> int:
         """Bytes of weights, gradients, optimizer state and EMA weights, on every device that holds all of them."""
         under_muon = 0 if self.muon_ns_steps is None else 12 * _width(self.config) ** 2 * self.config["num_layers"]
-        return self.num_parameters * sum(BYTES_A_PARAMETER.values()) - under_muon * (8 - BYTES_OF_MUON)
+        saved = under_muon * (BYTES_A_PARAMETER[MOMENTS] - BYTES_OF_MUON)
+        return self.num_parameters * sum(BYTES_A_PARAMETER.values()) - saved
 
     @property
     def latent_bytes(self) -> int:

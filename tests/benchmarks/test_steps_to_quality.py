@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from speed_diffusers.generation.generate import GenerationSettings, class_sample
 from speed_diffusers.metrics import load_extractor, load_reference
 from speed_diffusers.metrics.kernel import kernel_distance
 from speed_diffusers.train_scripts.train_dit_speed import SCRIPT_DIR
-from speed_diffusers.training.config import TrainConfig
+from speed_diffusers.training.config import DEFAULT_CONFIG, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = (250, 500, 1000, 2000, 3000)
@@ -95,6 +95,18 @@ def test_every_arm_is_a_training(name: str) -> None:
         # The last step is always logged.
         assert all(step % config.logging_steps == 0 or step == arm.steps for step in arm.measured_at)
     assert arm.measured_at[-1] == arm.steps
+
+
+def test_the_first_command_is_the_arm_that_it_was_chosen_by() -> None:
+    config, arm = load_config(TrainConfig, [], SCRIPT_DIR, default=DEFAULT_CONFIG), ARMS["fast_quick_cosine_880"]
+    options = {**SETTINGS["quickstart"].options, **arm.options, "max_train_steps": arm.steps}
+    measured = load_config(TrainConfig, [f"{key}={value}" for key, value in options.items()], SCRIPT_DIR)
+    # What an arm does otherwise touches nothing that is computed.
+    apart = {"output_dir", "num_score_images", "report_to", "checkpointing_steps", "num_validation_images"}
+    apart |= {"num_inference_steps", "logging_steps"}
+    assert {
+        field.name for field in fields(config) if getattr(config, field.name) != getattr(measured, field.name)
+    } <= apart
 
 
 def test_runs_of_several_lengths_are_one_curve(tmp_path: Path) -> None:
