@@ -30,8 +30,9 @@ NAMES = sorted(
     for path in (SCRIPT_DIR / "configs").rglob("*.yaml")
     if path.name != "base.yaml"
 )
-STARTED_FOR_REAL = ["imagenet_256/dit_b2", "imagenet_256/dit_s2", "imagenet_256/dit_s2_fast"]
+STARTED_FOR_REAL = ["imagenet_256/dit_s2", "imagenet_256/dit_s2_fast"]
 STARTED_ON_META = [
+    "imagenet_256/dit_b2",
     "imagenet_256/dit_l2",
     "imagenet_256/dit_xl2",
     "imagenet_256/dit_xl2_fast",
