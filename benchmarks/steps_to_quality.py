@@ -48,11 +48,12 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
-from speed_diffusers.files import write_text
+from speed_diffusers.files import file_sha256, write_text
 from speed_diffusers.hardware import accelerator_or_cpu, processor
 from speed_diffusers.metrics import FeatureExtractor, Reference, load_extractor, load_reference
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.train_scripts import train_dit_speed
+from speed_diffusers.training.optimizer import multiplies_bfloat16
 from speed_diffusers.training.parts import make_scheduler
 from speed_diffusers.training.run_folder import METRICS_FILE, SAMPLES_FILE, load_run_config
 from speed_diffusers.training.snapshots import pipeline_of_config, put_weights
@@ -296,6 +297,12 @@ def make_data(setting: str, source: Path, work_dir: Path, package: str | None) -
         subprocess.run([sys.executable, source / "train_scripts" / script, *words], check=True, env=environment)
 
 
+def fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 of the images and networks among a setting's data: an autoencoder trained on another CPU is another one."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors"))
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
 def start(index: int, config: QualityConfig, source: Path, work_dir: Path) -> subprocess.Popen[bytes]:
     """Starts a worker, in a process group of its own."""
     log = work_dir / "logs" / f"worker-{index}.log"
@@ -376,6 +383,7 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
         "seed": job.seed,
         "commit": config.commit,
         "options": options,
+        "data": fingerprints(place),
         "protocol": {
             "num_images": setting.num_images,
             "num_inference_steps": setting.num_inference_steps,
@@ -386,6 +394,7 @@ def make(job: Job, config: QualityConfig, work_dir: Path) -> None:
             "processor": processor(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
+            "multiplies_bfloat16": multiplies_bfloat16(accelerator_or_cpu()),
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers")},
         },

@@ -27,6 +27,7 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.data.decode import load_image
 from speed_diffusers.data.images import open_images
 from speed_diffusers.errors import InputError
+from speed_diffusers.files import file_sha256
 from speed_diffusers.generation import load_pipeline
 from speed_diffusers.generation.generate import GenerationSettings, class_samples, row_names_of
 from speed_diffusers.metrics import load_extractor, load_reference
@@ -188,6 +189,7 @@ def test_all_of_fashion_mnist_is_made_from_its_idx_files(tmp_path: Path) -> None
     made = open_images(train_data_dir=options["train_data_dir"])
     assert len(made) == 20 and [made.labels[row] for row in range(3)] == [0, 1, 2]
     assert load_reference(setting.reference).statistics.count == 10_000
+    assert steps_to_quality.fingerprints(place) == {"train.parquet": file_sha256(place / "train.parquet")}
 
 
 def test_there_must_be_a_queue_to_speak_to(tmp_path: Path) -> None:
@@ -244,6 +246,7 @@ def test_a_run_becomes_a_result_and_a_report(tmp_path: Path, monkeypatch: pytest
     assert [point["step"] for point in result["curve"]] == [2, 4]
     assert all(point["images"] == 4 * point["step"] and point["frechet_distance"] > 0 for point in result["curve"])
     assert str(tmp_path) not in json.dumps(result)
+    assert result["data"] == {}  # what is embedded goes with the commit
     run = steps_to_quality.run_dir(Job("quickstart", "fast", 0), tmp_path)
     assert not list(run.glob("checkpoint-*")) and (tmp_path / "pictures/quickstart/fast-0.png").exists()
     # measured again, nothing is computed: the checkpoints are gone
