@@ -298,7 +298,7 @@ def make_data(setting: str, source: Path, work_dir: Path, package: str | None) -
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """SHA-256 of the images and networks among a setting's data: an autoencoder trained on another CPU is another one."""
+    """SHA-256 of the images and networks of a setting: an autoencoder trained on another CPU is another one."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors"))
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
