@@ -115,14 +115,15 @@ def step_ratio(
 ) -> Ratio | None:
     """The baseline's steps over an arm's, at the quality that the baseline has after a share of its run.
 
-    Paired: each seed of the arm is held against the same seed of the baseline. A seed that does not get there and has
-    not had the arm's longest run yet is left out.
+    Paired: each seed of the arm is held against the same seed of the baseline. A seed is left out where the baseline
+    was not measured at that step or on both sides of it, or where the arm does not get there and has not had its
+    longest run yet.
 
     Args:
         curves: All runs of a setting.
         arm: Name of the arm.
         baseline: Name of the baseline.
-        share: Of the baseline's run, one of `SHARES`.
+        share: Of the baseline's longest run, one of `SHARES`.
         score: Which score.
 
     Returns:
@@ -132,8 +133,10 @@ def step_ratio(
     theirs = {curve.seed: curve for curve in curves if curve.arm == baseline}
     per_seed, is_bound = {}, False
     longest = max((max(curve.points) for curve in mine.values()), default=0)
+    step = round(share * max((max(curve.points) for curve in theirs.values()), default=0), 6)
     for seed in sorted(mine.keys() & theirs.keys()):
-        step = share * max(theirs[seed].points)
+        if not min(theirs[seed].points) <= step <= max(theirs[seed].points):
+            continue
         quality = quality_at(theirs[seed], step, score)
         needed = steps_to(mine[seed], quality, score)
         if math.isinf(needed) and max(mine[seed].points) < longest:

@@ -102,10 +102,12 @@ def arms_of(curves: Sequence[Curve]) -> list[str]:
 
 
 def _mean(curves: Sequence[Curve], arm: str, step: int, score: str) -> str:
+    """Mean over the seeds that were measured then, with their number if others were not."""
     values = [curve.points[step][score] for curve in curves if curve.arm == arm and step in curve.points]
     known = [value for value in values if value is not None]
     _, form = DISTANCES.get(score, ("", "{:.2f}"))
-    return form.format(np.mean(known)) if known else ""
+    of_some = f" ({len(values)})" if len(values) < sum(curve.arm == arm for curve in curves) else ""
+    return form.format(np.mean(known)) + of_some if known else ""
 
 
 def distances(curves: Sequence[Curve], score: str, when: str, steps: Sequence[int] | None) -> str:
@@ -119,7 +121,8 @@ def distances(curves: Sequence[Curve], score: str, when: str, steps: Sequence[in
     """
     steps = steps or sorted({step for curve in curves for step in curve.points})
     lines = [
-        f"**{DISTANCES[score][0]} {when}, mean over the seeds (lower is better).",
+        f"**{DISTANCES[score][0]} {when}, mean over the seeds, or over as many of them as stand in brackets (lower "
+        "is better).",
         "",
         "| arm | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
         "|---|---|" + "---|" * len(steps),
@@ -204,8 +207,8 @@ def ratios(curves: Sequence[Curve], score: str, baseline: str, shares: Sequence[
     rows = []
     for arm in arms_of(curves):
         found = [step_ratio(curves, arm, baseline, share, score) for share in shares]
-        if arm != baseline and None not in found:
-            rows.append(f"| {arm} | {' | '.join(map(str, found))} |")
+        if arm != baseline and any(found):
+            rows.append(f"| {arm} | {' | '.join(str(ratio or '') for ratio in found)} |")
     return "\n".join(lines + rows) if rows else None
 
 
@@ -214,7 +217,7 @@ def harm(curves: Sequence[Curve], score: str) -> str:
     others = [distance for distance in DISTANCES if distance != score]
     names = (*others, "recall", "precision", "class_agreement", "validation_loss")
     lines = [
-        "**At the end of each arm's runs**, mean over the seeds.",
+        "**At the end of each arm's runs**, mean over the seeds, or over as many of them as stand in brackets.",
         "",
         "| arm | steps | " + " | ".join(name.replace("_", " ") for name in names) + " |",
         "|---|---|" + "---|" * len(names),

@@ -202,21 +202,32 @@ def _written(name: str, values: str) -> str:
 
 
 def _python(host: Any, values: dict[str, Any]) -> str:
-    """The three lines of a training loop that change, with the settings of a strategy."""
+    """The lines of a training loop that change, with the settings of a strategy."""
     plain = type(host)()
     schedule = {key: value for key, value in host.config.items() if value != plain.config.get(key) and key[0] != "_"}
     speed = {key: value for key, value in values.items() if value != SPEED_DEFAULTS.get(key)}
     name = f"SpeeD{type(host).__name__}"
     arguments = "".join(f"\n    {key}={value!r}," for key, value in (schedule | speed).items())
     made = f"{name}({arguments}\n)" if arguments else f"{name}()"
-    return "\n".join(
-        (
-            f"from speed_diffusers import {name}",
+    strategy = speed_scheduler(host, **values).speed_strategy
+    progress = ", progress=step / max_train_steps" if strategy.needs_progress else ""
+    lines = [
+        f"from speed_diffusers import {name}",
+        "",
+        f"scheduler = {made}",
+        "",
+        f"timesteps = scheduler.sample_timesteps(len(clean), device=clean.device{progress})",
+        "noisy = scheduler.add_noise(clean, noise, timesteps)",
+        f"loss = (scheduler.loss_weights(timesteps{progress}) * error).mean()  # error: (batch,)",
+    ]
+    if strategy.is_loss_aware:
+        lines += [
             "",
-            f"scheduler = {made}",
-            "",
-            "timesteps = scheduler.sample_timesteps(len(clean), device=clean.device)",
-            "noisy = scheduler.add_noise(clean, noise, timesteps)",
-            "loss = (scheduler.loss_weights(timesteps) * error).mean()  # error: (batch,)",
-        )
-    )
+            "# It learns from the errors, so tell it; of several processes their sums.",
+            "zeros = torch.zeros(scheduler.config.num_train_timesteps, device=clean.device)",
+            "indices = scheduler.timestep_indices(timesteps)",
+            "error_sums = zeros.index_add(0, indices, error.detach())",
+            "error_counts = zeros.index_add(0, indices, torch.ones_like(error))",
+            "scheduler.update_speed(error_sums, error_counts)",
+        ]
+    return "\n".join(lines)

@@ -175,6 +175,12 @@ def size_of(script: Script, call: ast.Call) -> str | None:
     return script.text(size) if size is not None and called(call).startswith("compute_density") else None
 
 
+def drawn_on(script: Script, call: ast.Call) -> str:
+    """The device and the generator of a random call, as arguments that follow the batch size."""
+    named = ((name, keyword(call, name)) for name in ("device", "generator"))
+    return "".join(f", {name}={script.text(value)}" for name, value in named if value is not None)
+
+
 def randint_draw(script: Script, name: str, node: ast.Assign, known: set[str]) -> Draw | None:
     """timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=...).long()"""
     call = without(node.value, "long", "to")
@@ -185,11 +191,11 @@ def randint_draw(script: Script, name: str, node: ast.Assign, known: set[str]) -
     scheduler = scheduler_of_length(high, known) if high is not None else None
     if scheduler is None or not (isinstance(low, ast.Constant) and low.value == 0):
         return None
-    size, device = size_of(script, call), keyword(call, "device")
+    size = size_of(script, call)
     if size is None:
         return None
     end = script.text(node.value)[len(script.text(call)) :].removesuffix(".long()")
-    return Draw([node], name, scheduler, size + (f", device={script.text(device)}" if device else ""), end)
+    return Draw([node], name, scheduler, size + drawn_on(script, call), end)
 
 
 def rand_draw(script: Script, name: str, node: ast.Assign, known: set[str]) -> Draw | None:
@@ -206,13 +212,13 @@ def rand_draw(script: Script, name: str, node: ast.Assign, known: set[str]) -> D
             break
         statements.append(later)
     used = set().union(*(names(statement) for statement in statements)) & known
-    size, device = size_of(script, call), keyword(call, "device")
+    size = size_of(script, call)
     if len(used) != 1 or size is None or ".long()" not in "".join(script.text(s) for s in statements):
         return None
     scheduler = used.pop()
     cast = f".to({scheduler}.timesteps.dtype)"
     end = cast if any(cast in script.text(statement) for statement in statements) else ""
-    return Draw(statements, name, scheduler, size + (f", device={script.text(device)}" if device else ""), end)
+    return Draw(statements, name, scheduler, size + drawn_on(script, call), end)
 
 
 def table_draw(script: Script, name: str, node: ast.Assign, known: set[str], flows: set[str]) -> Draw | None:
@@ -225,6 +231,8 @@ def table_draw(script: Script, name: str, node: ast.Assign, known: set[str], flo
         return None
     function, end = script.function(node), script.text(node.value)[len(script.text(value)) :]
     index = single_assignment(script, function, value.slice.id, node)
+    if any(keyword(call, "generator") is not None for call in calls_in(index, ("torch.randint",))):
+        raise Refused(f"line {index.lineno}: its generator would not be that of the new draw")
     drawn = randint_draw(script, value.slice.id, index, known)
     if drawn:
         return Draw([index, node], name, scheduler, drawn.call.partition(",")[0], end)
@@ -238,6 +246,8 @@ def table_draw(script: Script, name: str, node: ast.Assign, known: set[str], flo
     random = without(source.value, "to")
     if called(random) == "torch.sigmoid" and isinstance(random, ast.Call):
         random = next(iter(calls_in(random.args[0], ("torch.randn", "torch.normal"))), random)
+    if isinstance(random, ast.Call) and keyword(random, "generator") is not None:
+        raise Refused(f"line {source.lineno}: its generator would not be that of the new draw")
     known_draws = ("compute_density_for_timestep_sampling", "torch.rand", "torch.randn", "torch.normal")
     size = size_of(script, random) if isinstance(random, ast.Call) and called(random) in known_draws else None
     if size is None:

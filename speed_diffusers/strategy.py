@@ -71,6 +71,11 @@ class SpeeDStrategy:
         # Once, not in the course of the training: what changes there lies between what is known to be sound.
         self._weights = checked_weights(self._weighting, self._weighed(self.settings))
         density = self._density(self.settings)
+        if density[1] is not None and options.draw == PAIRED:
+            raise InputError(
+                f"speed_draw='{PAIRED}': mirrors half of the draws, so that the loss could not undo "
+                f"speed_sampling='{self._sampling}'; take 'independent' or 'stratified'."
+            )
         _ = checked_pmf(self._sampling, density[0])
         self._latest = self._make(self.settings, *density)
         _ = checked_weights(self._weighting, self._latest.weights)  # their mean under the draws may be 0

@@ -60,6 +60,10 @@ HANDLED = {
             WEIGHTED,
         ],
     ),
+    "a generator": (
+        script(SCHEDULER, RANDINT.replace("device=", "generator=rng, device="), MEAN),
+        ["timesteps = noise_scheduler.sample_timesteps(bsz, device=latents.device, generator=rng)"],
+    ),
     "broken lines, .long(), a comment": (
         script(
             SCHEDULER,
@@ -294,6 +298,10 @@ REFUSED = {
     "noise by other sigmas": (
         script(FLOW, DENSITY, "sigmas = shifted(noise_scheduler_copy.sigmas[indices])", MEAN),
         "used again",
+    ),
+    "a generator of the indices": (
+        script(FLOW, DENSITY.replace("batch_size=bsz,", "batch_size=bsz, generator=rng,"), MEAN),
+        "its generator",
     ),
     "an unknown scheduler": (
         script("noise_scheduler = DDPMWuerstchenScheduler()", RANDINT, MEAN),

@@ -132,6 +132,10 @@ def test_normalised_weights_follow_k_as_it_falls() -> None:
         ({"weighting": "min_snr:gamma=-5"}, r"min_snr:gamma=-5': gamma=-5 must be in \[1e-12, inf\)"),
         ({"weighting": "min_snr=5"}, "Unknown loss weighting"),
         ({"draw": "pared"}, r"Unknown draw \(speed_draw\) 'pared'. Did you mean 'paired'"),
+        (
+            {"draw": "paired", "sampling": "loss_second_moment"},
+            "^speed_draw='paired': .*'independent' or 'stratified'",
+        ),
         ({"draw": None}, r"Unknown draw \(speed_draw\) 'None'"),
         ({"k": True}, "^speed_k=True: must be a number"),
     ],

@@ -53,8 +53,9 @@ def own_name(scheduler: Any) -> str:
     """The name of a scheduler's own strategy: a preset's if it is one, else its parts."""
     own = {key: scheduler.config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
     for preset, values in PRESETS.items():
-        # What a uniform draw without weights leaves unread may have any value.
-        compared = values if preset == UNIFORM else SPEED_DEFAULTS | values
+        # What a uniform draw without weights leaves unread may have any value, but not how a batch is drawn.
+        read = {"speed_draw"} if preset == UNIFORM else SPEED_DEFAULTS.keys()
+        compared = {key: SPEED_DEFAULTS[key] for key in read} | values
         if all(own[key] == value for key, value in compared.items()):
             return preset
     parts = [str(own[key]) for key in REGISTRIES]
@@ -112,6 +113,8 @@ def unused_options(strategy: SpeeDStrategy) -> list[str]:
         others[name] = [{"anneal_start": default.anneal_start, "anneal_end": default.anneal_end}]
     values = {name: getattr(strategy.options, name) for name in others}
     given = {name: value for name, value in values.items() if value != getattr(default, name)}
+    if strategy.is_loss_aware:
+        given.pop("normalize_weights", None)  # the weights that are learned may have any mean
     own = tables() if given else []
     return [
         f"{PREFIX}{name.rstrip('_')}={value}"

@@ -25,6 +25,7 @@ from ..metrics.score import ScoreSettings, check_measurable, score_pipeline
 from ..metrics.score_record import save_score, score_path
 from ..models import export_transformer
 from ..reports.plots import save_class_grid, save_error_map
+from ..reports.strategy_plot import area_shares
 from ..reports.strategy_report import describe_run, unused_options
 from ..reports.training_cost import TrainingCost
 from ..variance import LEARNED_RANGE
@@ -54,15 +55,12 @@ from .validation import pipeline_validation_loss
 def describe_plan(inputs: Inputs) -> str:
     """The run in a few lines: model, data, steps, and where SpeeD draws its timesteps."""
     config, layout, core = inputs.config, inputs.layout, inputs.core
-    tables = inputs.scheduler.speed_tables
+    areas = inputs.scheduler.speed_areas
+    drawn = area_shares(inputs.scheduler.speed_tables, areas)
     parameters = sum(parameter.numel() for parameter in core.parameters())
     shape: Any = core.transformer.config
     epochs = config.max_train_steps * layout.global_batch / len(inputs.source)
-    areas = vars(inputs.scheduler.speed_areas).items()
-    shares = ", ".join(
-        f"{name} [{area.start}, {area.stop}) {float(tables.pmf[area.start : area.stop].sum()):.1%}"
-        for name, area in areas
-    )
+    shares = ", ".join(f"{name} [{area.start}, {area.stop}) {drawn[name]:.1%}" for name, area in vars(areas).items())
     side = shape.sample_size
     lines = {
         "model": f"{parameters / 1e6:.2f} M parameters, latents {shape.in_channels}x{side}x{side}",

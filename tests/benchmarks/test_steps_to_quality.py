@@ -67,6 +67,13 @@ def test_a_curve_is_made_monotone_and_one_that_never_arrives_counts() -> None:
     early = replace(early, points={step: early.points[step] for step in (250, 500)})
     found = step_ratio([*curves, power_law("early", 0, 2.0), early], "early", "uniform", 1.0)
     assert found is not None and found.per_seed == pytest.approx({0: 2.0}), "its longer runs are missing"
+    longest = replace(curves[0], points={4000: {"d": 1.0, "frechet_distance": 1.0}})
+    found = step_ratio(
+        [longest, curves[1], power_law("slow", 0, 1.5), power_law("slow", 1, 0.5)], "slow", "uniform", 0.5
+    )
+    assert found is not None and list(found.per_seed) == [1], (
+        "the other was not measured at that step of the longest run"
+    )
     curves += [power_law("slow", 0, 1.5), power_law("slow", 1, 0.5)]
     ratio = step_ratio(curves, "slow", "uniform", 1.0)
     assert ratio is not None and ratio.mean == 0 and ratio.per_seed[1] == 0 and ratio.per_seed[0] > 1.4

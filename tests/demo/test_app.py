@@ -155,6 +155,13 @@ def test_strategies_are_shown_live(driver: Any) -> None:
     (shares,) = [shares for name, shares in rows(driver).items() if name.startswith("your own")]
     assert shares == in_percent(made["scheduler"].speed_strategy.tables(0.0), flow.speed_areas)
 
+    # What changes in training is told how far it is, and what learns is told the errors.
+    choose(driver, "#density", "clts")
+    wait_for(driver, f"{CODE}.includes('loss_weights(timesteps, progress=step')")
+    choose(driver, "#density", "infonoise")
+    code = wait_for(driver, f"{CODE}.includes('scheduler.update_speed(') && {CODE}")
+    assert "progress" not in code
+
     # What does not exist is one line, and what was shown stays.
     choose(driver, "#strategies", "papr")
     assert "Did you mean 'paper'?" in wait_for(driver, toast("papr"))

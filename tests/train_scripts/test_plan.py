@@ -187,6 +187,9 @@ def test_a_strategy_named_by_its_parts_takes_the_schedulers_numbers() -> None:
     assert own_name(scheduler) == "asymmetric+change_aware" and own_name(SpeeDDDPMScheduler()) == "paper"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["official"])) == "official"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["uniform"], speed_k=2.0)) == "uniform"
+    pairs = SpeeDDDPMScheduler(**PRESETS["uniform"], speed_draw="paired")
+    assert own_name(pairs) == "uniform+none+paired"
+    assert [tables.draw for tables in strategy_tables(pairs, []).values()] == ["paired", "independent"]
 
 
 def test_densities_that_learn_are_marked() -> None:
@@ -217,6 +220,7 @@ def test_a_run_is_described_in_one_call() -> None:
         ({"anneal_start": 0.2, "anneal_end": 0.6}, []),
         ({"k": 1.0, "anneal_start": 0.2, "anneal_end": 0.6}, ["speed_anneal_start=0.2", "speed_anneal_end=0.6"]),
         ({"sampling": "uniform", "normalize_weights": True}, []),
+        ({"sampling": "uniform", "weighting": "uncertainty", "normalize_weights": True}, []),
         ({"sampling": "uniform", "weighting": "none", "normalize_weights": True}, ["speed_normalize_weights=True"]),
     ],
 )
