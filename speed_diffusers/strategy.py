@@ -147,6 +147,10 @@ class SpeeDStrategy:
                 stacklevel=4,
             )
 
+    def expect_update(self) -> None:
+        """Says that errors are being collected for `update`, so that no warning comes before it, however late."""
+        self._uses_untold.clear()
+
     def update(self, error_sums: Tensor, error_counts: Tensor) -> None:
         """Tells what is loss-aware the errors of one or more batches, summed over all processes.
 

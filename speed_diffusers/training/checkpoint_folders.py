@@ -86,6 +86,19 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
             logger.warning("Resuming from step %d: %s is now %s", step, folder.name, target.name)
 
 
+def set_aside(output_dir: Path, step: int, *names: str) -> None:
+    """Renames what a run left at an end that it now trains past, or towards again: NAME.png to NAME.abandoned.png.
+
+    Left where they are, the results of before would pass for those of the run as it goes on.
+    """
+    for path in (output_dir / name for name in names):
+        if path.exists():
+            target = path.with_name(f"{path.stem}.abandoned{path.suffix}")
+            remove(target)
+            path.rename(target)
+            logger.warning("Resuming from step %d: %s is now %s", step, path.name, target.name)
+
+
 def prune_checkpoints(output_dir: Path, total_limit: int | None, keep: int) -> None:
     """Deletes the oldest checkpoints beyond `total_limit`; that of step `keep`, just saved, always stays."""
     if total_limit is None:

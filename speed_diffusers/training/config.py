@@ -129,7 +129,11 @@ class _DataAndModel(Options):
         only_with=("pretrained_model_name_or_path", None),
     )
     gradient_checkpointing: float = option(
-        0.0, "Share of the blocks that recompute activations to save memory; true: all.", interval="[0, 1]", share=True
+        0.0,
+        "Share of the blocks that recompute activations to save memory; true: all.",
+        interval="[0, 1]",
+        share=True,
+        free=True,
     )
 
     # Diffusion process and SpeeD
@@ -244,9 +248,11 @@ class TrainConfig(_WithSpeeD):
         interval="(0, 0.28]",
     )
     mixed_precision: str | None = option(None, "None: as accelerate is configured.", choices=("no", "bf16"))
-    compile: bool = option(False, "Compile the transformer's blocks (torch.compile); checkpoints stay plain.")
+    compile: bool = option(
+        False, "Compile the transformer's blocks (torch.compile); checkpoints stay plain.", free=True
+    )
     compile_backend: str = option(
-        "inductor", "Backend of torch.compile.", choices=COMPILE_BACKENDS, only_with=("compile", True)
+        "inductor", "Backend of torch.compile.", choices=COMPILE_BACKENDS, only_with=("compile", True), free=True
     )
     deterministic: bool = option(
         False, "Kernels that repeat to the bit on GPUs too, where some add up in any order; slower.", free=True

@@ -34,6 +34,7 @@ class ErrorFeedback:
             timesteps: (B,), as the scheduler drew them.
             squared_error: (B,), float32, detached.
         """
+        self.scheduler.speed_strategy.expect_update()
         indices = self.scheduler.timestep_indices(timesteps)
         self.totals.index_add_(1, indices, torch.stack((squared_error, torch.ones_like(squared_error))))
 

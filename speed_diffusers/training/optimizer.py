@@ -212,7 +212,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, adamw: torch.optim.AdamW, muon: Muon) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (adamw, muon)
         self.found_inf: Tensor | None = None
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Schedules of diffusers ask the defaults for the rate, which is AdamW's.
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": adamw.defaults["lr"]})
         self._share()
 
     def _share(self) -> None:

@@ -163,6 +163,10 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
     }
     check_finite(run, step, {**dict(run.core.named_parameters()), **ema_tensors(run), **moments})
     tracks = None if run.ema_tracks is None else full_tensors(run.ema_tracks.state_dict())
+    # Before the checkpoint: a run that goes on from it would not make the snapshot of its step again. A stop elsewhere
+    # must not change what is made of the snapshots.
+    if tracks is not None and run.config.saves_at(step) and run.accelerator.is_main_process:
+        save_snapshot(run.output_dir, step, tracks)
     save_checkpoint(
         run.output_dir,
         step=step,
@@ -182,9 +186,6 @@ def save_state(run: TrainingRun, step: int, log: Mapping[str, Any] | None = None
         tracks=tracks,
     )
     if run.accelerator.is_main_process:
-        # A stop elsewhere must not change what is made of the snapshots.
-        if tracks is not None and run.config.saves_at(step):
-            save_snapshot(run.output_dir, step, tracks)
         prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, keep=step)
     run.ranks.meet()
 

@@ -19,6 +19,7 @@ from .checkpoint_folders import (
     list_checkpoints,
     prune_checkpoints,
     remove_leftovers,
+    set_aside,
     set_aside_later_checkpoints,
 )
 from .checkpoints import read_state
@@ -189,6 +190,8 @@ def open_output_dir(
         step = read_state(checkpoint)["step"]
         set_aside_later_checkpoints(folder, step)
         remove_later_snapshots(folder, step)
+        if step < config.max_train_steps:
+            set_aside(folder, step, PIPELINE_FOLDER, SAMPLES_FILE, ERRORS_FILE)
         # A run that was killed between its last save and this would keep one too many for good.
         prune_checkpoints(folder, config.checkpoints_total_limit, keep=step)
     # Before the configuration, which makes the folder a run.

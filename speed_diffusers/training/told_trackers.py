@@ -2,14 +2,27 @@
 
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-Told = set[tuple[str, int]]
+Told = Container[tuple[str, int]]
 """Names of numbers or pictures, each with its optimizer step."""
+
+
+@dataclass(frozen=True)
+class ToldUntil:
+    """Everything of some names until a step."""
+
+    names: frozenset[str]
+    last: int
+
+    def __contains__(self, told: object) -> bool:
+        return isinstance(told, tuple) and told[0] in self.names and told[1] <= self.last
+
 
 _BLOCK = 32 * 1024
 _FILE_HEADER, _RECORD_HEADER = 7, struct.Struct("<IHB")
@@ -28,8 +41,8 @@ def told_wandb(run: Any, folder: Path, step_name: str) -> Told:
     if not run.offline:
         # The server tells the last value of each name, and takes what comes in order.
         last = run.summary.get(step_name) or 0
-        return {(name, step) for name in run.summary.keys() for step in range(int(last) + 1)}  # noqa: SIM118
-    told: Told = set()
+        return ToldUntil(frozenset(run.summary.keys()), int(last))
+    told: set[tuple[str, int]] = set()
     for path in sorted(folder.glob(f"wandb/*-{run.id}/run-{run.id}.wandb")):
         for row in _wandb_rows(path):
             if (step := row.get(step_name, "")).isdigit():

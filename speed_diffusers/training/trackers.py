@@ -73,7 +73,7 @@ class Trackers:
     def __init__(self, accelerator: Accelerator, logs: Path) -> None:
         self.accelerator, self.logs, self.first_step = accelerator, logs, 0
         self._told: dict[str, Told] = {}
-        self._told_now: Told = set()
+        self._told_now: set[tuple[str, int]] = set()
 
     def start(
         self,
@@ -210,6 +210,7 @@ def _tell(tracker: Any, values: Mapping[str, float], step: int) -> None:
 def _show(tracker: Any, pixels: npt.NDArray[np.uint8], step: int) -> None:
     if tracker.name == TENSORBOARD:
         tracker.log_images({PICTURES: pixels[None]}, step=step, dataformats="NHWC")
+        tracker.writer.flush()  # as accelerate does with numbers: a kill before the next would cost the picture
     elif tracker.name == WANDB:
         import wandb
 

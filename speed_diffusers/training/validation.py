@@ -125,7 +125,7 @@ def validation_loss(
                 timesteps = table[index].to(device).expand(len(clean))
                 prediction = model(scheduler.add_noise(clean, eps, timesteps), timesteps, rows)[:, : clean.shape[1]]
                 target = prediction_target(scheduler, clean, eps, timesteps)
-                total += float((prediction.float() - target.float()).square().mean((1, 2, 3)).double().sum())
+                total += float((prediction.float() - target.float()).square().mean((1, 2, 3)).cpu().double().sum())
                 progress.update()
             errors[level] = total / len(images.latents) * float(to_velocity[index])
     return ValidationLoss(errors)

@@ -105,13 +105,8 @@ def test_compiled_runs_and_plain_ones_take_over_each_others_checkpoints(
         "compile=true",
         "compile_backend=aot_eager",
         "gradient_checkpointing=0.5",
-        "allow_config_changes=true",
     )
-    resumed = train(
-        tmp_path / "resumed",
-        f"resume_from_checkpoint={compiled / 'checkpoint-10'}",
-        "allow_config_changes=true",
-    )
+    resumed = train(tmp_path / "resumed", f"resume_from_checkpoint={compiled / 'checkpoint-10'}")
     for run in (compiled, resumed):
         assert_same_checkpoint(whole, run, 12)
         assert (run / "pipeline" / "model_index.json").exists()

@@ -1,5 +1,6 @@
 """Power-function averages against their formula, and averages of other lengths from snapshots."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,16 @@ import scipy.integrate
 import torch
 from torch import nn
 
+from run_outputs import run_folder
 from speed_diffusers.errors import InputError
+from speed_diffusers.train_scripts.train_dit_speed import main
+from speed_diffusers.training import results
+from speed_diffusers.training.checkpoints import save_checkpoint
 from speed_diffusers.training.ema_tracks import (
     EmaTracks,
     ema_of_length,
     inner_products,
+    list_snapshots,
     power_of,
     remove_later_snapshots,
     save_snapshot,
@@ -85,6 +91,27 @@ def test_another_length_comes_out_of_snapshots(tmp_path: Path) -> None:
     remove_later_snapshots(tmp_path, 0)
     with pytest.raises(InputError, match="has no EMA snapshots"):
         ema_of_length(tmp_path, 0.1)
+
+
+def test_a_kill_after_a_checkpoint_costs_no_snapshot(
+    tiny_options: list[str], fresh_accelerate: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on from the checkpoint does not pass its step again."""
+
+    def killed(*args: object, **kwargs: object) -> None:
+        save_checkpoint(*args, **kwargs)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    options = [*tiny_options, "ema_tracks=0.05,0.1"]
+    fresh_accelerate()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(results, "save_checkpoint", killed)
+        main(options)
+    folder = run_folder(tiny_options)
+    assert (folder / "checkpoint-5").is_dir()
+    fresh_accelerate()
+    main([*options, "resume_from_checkpoint=latest"])
+    assert sorted(list_snapshots(folder)) == [5, 10, 12]
 
 
 def test_a_state_goes_back_or_is_refused() -> None:

@@ -23,6 +23,7 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.metrics.score_record import load_score
 from speed_diffusers.train_scripts.train_dit_speed import main
 from speed_diffusers.training.checkpoints import read_state
+from speed_diffusers.training.snapshots import is_half_trained
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -46,6 +47,8 @@ def test_resume_in_the_middle_is_exact(train: Callable[..., Path], tmp_path: Pat
     for checkpoint in ("checkpoint-10", "checkpoint-12"):
         shutil.rmtree(broken / checkpoint)
     shutil.rmtree(broken / "pipeline")
+    for name in ("samples.png", "error_by_timestep.png"):
+        (broken / name).unlink()
     shutil.rmtree(broken / "validation", ignore_errors=True)  # as if stopped before that of step 5
     train(broken, *extra, "resume_from_checkpoint=latest")
     assert_same_run(whole, broken, 12)
@@ -130,6 +133,38 @@ def test_resume_refuses_changed_options_with_the_difference(
     options = [option for option in options if not option.startswith("max_train_steps")]
     with pytest.raises(InputError, match="max_train_steps=9: .*checkpoint-14 has taken 14 steps already; allowed: at"):
         main([*options, "allow_config_changes=true", "max_train_steps=9"])
+
+
+def test_a_finished_run_that_goes_on_sets_its_results_aside(
+    tiny_options: list[str],
+    fresh_accelerate: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Half a way further on they would pass for those of the run as it is."""
+    main(tiny_options)
+    folder = run_folder(tiny_options)
+    results = ("pipeline", "samples.png", "error_by_timestep.png")
+    fresh_accelerate()
+    main([*tiny_options, "resume_from_checkpoint=latest"])
+    assert all((folder / name).exists() for name in results), "nothing was left to train"
+    longer = [option for option in tiny_options if not option.startswith("max_train_steps")]
+    longer += ["max_train_steps=16", "allow_config_changes=true", "resume_from_checkpoint=latest"]
+    fresh_accelerate()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("speed_diffusers.train_scripts.train_dit_speed.save_results", interrupted)
+        main(longer)
+    assert not any((folder / name).exists() for name in results) and is_half_trained(str(folder))
+    assert (folder / "pipeline.abandoned" / "model_index.json").is_file()
+    assert (folder / "samples.abandoned.png").is_file() and (folder / "error_by_timestep.abandoned.png").is_file()
+    assert "Resuming from step 12: pipeline is now pipeline.abandoned" in caplog.text
+    fresh_accelerate()
+    main(longer)
+    assert all((folder / name).exists() for name in results)
+
+
+def interrupted(run: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_data_that_has_moved_is_still_the_same(

@@ -5,13 +5,18 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.tracking import TensorBoardTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import write_text
 from speed_diffusers.reports.plots import save_class_grid
+from speed_diffusers.training.told_trackers import told_wandb
+from speed_diffusers.training.trackers import _show
 from speed_diffusers.training.tracking import MetricsFile, check_trackers, read_metrics, tracker_names
 from tiny_run import file_size_limit
 
@@ -86,6 +91,23 @@ def test_none_and_all_are_what_diffusers_scripts_make_of_them() -> None:
     check_trackers(["all"], "mine")
     with pytest.raises(InputError, match="report_to=none,tensorboard: 'none' stands alone"):
         check_trackers(["none", "tensorboard"])
+
+
+def test_a_picture_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker("run", logging_dir=tmp_path)
+    tracker.start()
+    _show(tracker, np.zeros((4, 6, 3), np.uint8), 3)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    ((tag, shown),) = ((tag, events.Images(tag)) for tag in events.Tags()["images"])
+    assert tag.startswith("samples") and [(each.step, each.width) for each in shown] == [(3, 6)]
+    tracker.finish()
+
+
+def test_what_a_server_has_is_not_listed_step_by_step(tmp_path: Path) -> None:
+    run = SimpleNamespace(offline=False, summary={"loss": 0.5, "step": 3_000_000})
+    told = told_wandb(run, tmp_path, "step")
+    assert ("loss", 3_000_000) in told and ("loss", 1) in told
+    assert ("loss", 3_000_001) not in told and ("samples", 1) not in told
 
 
 @pytest.mark.parametrize("project", ["../../x", "..", "/tmp/x", "a/../../x"])

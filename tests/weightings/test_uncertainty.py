@@ -12,6 +12,7 @@ from noise_schedules import process_named
 from speed_diffusers import InputError, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
 from speed_diffusers.predictions import epsilon_error_ratio
 from speed_diffusers.process import ForwardProcess
+from speed_diffusers.training.feedback import ErrorFeedback
 from speed_diffusers.weightings import WEIGHTINGS, timestep_weights
 
 
@@ -31,6 +32,18 @@ def channel_error(process: ForwardProcess, prediction_type: str) -> Tensor:
     """The least error of a prediction for Gaussian data of variance 1: that of x_0 is 1 / (1 + SNR)."""
     snr = process.finite_log_snr.exp()
     return snr / (1.0 + snr) / epsilon_error_ratio(process, prediction_type)
+
+
+def test_errors_that_are_collected_are_no_reason_to_warn() -> None:
+    """With accumulation more than 200 batches are weighed between two updates."""
+    scheduler = SpeeDDDPMScheduler(speed_sampling="uniform", speed_weighting="uncertainty")
+    feedback = ErrorFeedback(scheduler, torch.device("cpu"))
+    timesteps = torch.tensor([3, 500])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(300):
+            scheduler.loss_weights(timesteps)
+            feedback.add(timesteps, torch.ones(2))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
