@@ -457,15 +457,15 @@ def plot_curves(subjects: Sequence[Subject], folder: Path) -> None:
 
     Of the first way to score, and there of its leading number.
     """
-    curves = []
+    curves, number = [], leading_number(subjects[0].ways[0][0].metrics)
     for subject in subjects:
         protocol = subject.ways[0][1]
         records = [each for each in load_scores(subject.model.scores_dir) if each.score.protocol == protocol]
-        curves.append(ScoreCurve(subject.model.name, [each for each in records if each.step is not None]))
+        known = [each for each in records if each.step is not None and each.score.values.get(number) is not None]
+        curves.append(ScoreCurve(subject.model.name, known))
     if max(len(curve.records) for curve in curves) < 2:
         return
     path = folder / CURVES_FILE
-    number = leading_number(subjects[0].ways[0][0].metrics)
     left_out = save_score_curves(curves, path, metric=number)
     print(f"Saved {path}." + "".join(f" No panel by {label}: not every score knows it." for label in left_out))
 

@@ -64,13 +64,14 @@ def main(argv: list[str]) -> None:
     destination = Destination(config.hub_model_id, config.private, config.revision)
     licences = Licences(config.license, config.vae_license, config.data_license)
     if not config.dry_run:
-        check_destination(destination)
+        destination = check_destination(destination)
     with release_folder(config.output_dir) as folder:
         release = make_release(
             config.model,
             folder,
-            config.hub_model_id,
+            destination.repo_id,
             licences,
+            branch=destination.revision,
             scores_dir=None if config.scores_dir is None else Path(config.scores_dir),
             num_images_per_class=config.num_images_per_class,
         )

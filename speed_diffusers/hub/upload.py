@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
@@ -86,8 +86,11 @@ def is_allowed(path: str) -> bool:
     return any(fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in ALLOWED_FILES)
 
 
-def check_destination(destination: Destination) -> None:
+def check_destination(destination: Destination) -> Destination:
     """Checks all that can be known before there is anything to upload: name, token, and whether it may write.
+
+    Returns:
+        The same with its owner, who is the token's where a name stands alone.
 
     Raises:
         InputError: The name is none, there is no token, it is unknown to the Hub or read-only, or the Hub must not be
@@ -95,7 +98,8 @@ def check_destination(destination: Destination) -> None:
         ConnectionError: The Hub cannot be reached, or is in trouble.
     """
     _check_here(destination)
-    _role(destination)
+    owner, name = _owner(destination), destination.repo_id
+    return destination if "/" in name else replace(destination, repo_id=f"{owner}/{name}")
 
 
 def _check_here(destination: Destination) -> None:
@@ -111,7 +115,8 @@ def _check_here(destination: Destination) -> None:
         raise InputError(f"{destination.in_words}: there is no token: {NO_TOKEN}.")
 
 
-def _role(destination: Destination) -> None:
+def _owner(destination: Destination) -> str:
+    """Whose the token is, which must not be read-only."""
     user = patiently(HfApi().whoami, destination)
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
@@ -119,6 +124,7 @@ def _role(destination: Destination) -> None:
             f"{destination.in_words}: the token of {user.get('name')} is read-only: make one that may write at "
             f"{constants.ENDPOINT}/settings/tokens."
         )
+    return str(user["name"])
 
 
 def upload(folder: Path, destination: Destination, *, message: str) -> str:

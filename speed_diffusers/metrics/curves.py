@@ -57,7 +57,7 @@ def save_score_curves(curves: Sequence[ScoreCurve], path: Path, *, metric: str =
 
     Args:
         curves: The runs. Scores without a step are left out.
-        path: File to write.
+        path: File to write; its folder is made.
         metric: Name of a number that all scores hold; on a logarithmic axis if it spans a decade.
 
     Returns:
@@ -87,6 +87,7 @@ def save_score_curves(curves: Sequence[ScoreCurve], path: Path, *, metric: str =
         text.set_parse_math(False)  # a run may be called $a_$b, which is no formula
     words = records[0].score.protocol.in_words()
     figure.suptitle("\n".join(textwrap.wrap(words, width=62 * len(shown))), fontsize=9, parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
     return [label for label in PANELS if label not in shown]
 
@@ -96,7 +97,7 @@ def save_sweep(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *
 
     Args:
         lines: Points (value of the option, score) in their order, by the name of what was scored.
-        path: File to write.
+        path: File to write; its folder is made.
         metric: Name of the number.
         label: The option, for the axis.
     """
@@ -108,6 +109,7 @@ def save_sweep(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *
     _decorate(axes, label, metric, [value for points in lines.values() for _, value in points])
     for text in axes.legend(frameon=False, fontsize=9).get_texts():
         text.set_parse_math(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 

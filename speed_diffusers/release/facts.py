@@ -126,7 +126,7 @@ def facts_of(
         pipeline: What `training.snapshots.load_latest_place` loads by that name.
         place: Where in its run it stands.
         revision: Of a model on the Hub: branch, tag or commit.
-        scores_dir: Folder of more scores than the run's own; those of other weights are left out.
+        scores_dir: Folder of more scores than the run's own, or of such folders; those of other weights are left out.
 
     Raises:
         InputError: A file that tells something is damaged.
@@ -138,9 +138,12 @@ def facts_of(
         sidecar = _sidecar_of_checkpoint(run, place.checkpoint)
     folders = [folder for folder in (run and run / SCORES_FOLDER, scores_dir) if folder is not None]
     recorded = [record for folder in folders for record in load_scores(folder)]
+    # Where evaluate.py is given an output_dir, it makes a folder of each model or set of images in it.
+    below = [record for folder in folders for own in _folders_in(folder) for record in load_scores(own)]
     weights = tensors_sha256(pipeline.transformer.state_dict())
     scores: dict[str, Score] = {}
-    for score in [*_score_in(sidecar), *(record.score for record in recorded)]:
+    # Those of files first: more numbers than a run's own may have come to the same protocol.
+    for score in [*(record.score for record in (*recorded, *below)), *_score_in(sidecar)]:
         if score.weights_sha256 == weights:
             scores.setdefault(score.protocol.short_hash(), score)
     validation = run and run / VALIDATION_FOLDER / LOSS_FILE
@@ -157,6 +160,10 @@ def facts_of(
         validation=read_metrics(validation) if validation and validation.is_file() else [],
         course=_course(recorded),
     )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_dir())
 
 
 def _sidecar_of_checkpoint(run: Path, checkpoint: Path) -> dict[str, Any]:

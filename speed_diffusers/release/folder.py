@@ -54,6 +54,7 @@ def make_release(
     repo_id: str,
     licences: Licences | None = None,
     *,
+    branch: str = "main",
     revision: str | None = None,
     scores_dir: Path | None = None,
     num_images_per_class: int = 4,
@@ -65,6 +66,7 @@ def make_release(
         folder: Where to; it is made.
         repo_id: Name of the release on the Hub, for its card.
         licences: What the one who releases says of them.
+        branch: Where the release goes on the Hub, for its card.
         revision: Of a model on the Hub: branch, tag or commit.
         scores_dir: Folder of scores to tell, besides those of the run; those of other weights are left out.
         num_images_per_class: Of the grid that is generated where the run has left none; 0: no grid.
@@ -82,7 +84,12 @@ def make_release(
     with naming_disk_errors(folder):
         pictures = save_pictures(facts, folder, num_images_per_class)
         card = model_card(
-            facts, repo_id, licences or Licences(), pictures=pictures, has_half=save_half(pipeline, folder)
+            facts,
+            repo_id,
+            licences or Licences(),
+            branch=branch,
+            pictures=pictures,
+            has_half=save_half(pipeline, folder),
         )
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
     return Release(folder, facts)

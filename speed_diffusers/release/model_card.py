@@ -61,7 +61,13 @@ CITATION = """@article{wang2024closer,
 
 
 def model_card(
-    facts: Facts, repo_id: str, licences: Licences, *, pictures: Mapping[str, str], has_half: bool
+    facts: Facts,
+    repo_id: str,
+    licences: Licences,
+    *,
+    branch: str = "main",
+    pictures: Mapping[str, str],
+    has_half: bool,
 ) -> ModelCard:
     """The card of a release.
 
@@ -69,12 +75,13 @@ def model_card(
         facts: What is known of the model.
         repo_id: Its name on the Hub.
         licences: What the one who releases says of them.
+        branch: Where it lies there.
         pictures: File names of those that lie beside the card, each with its caption.
         has_half: Whether the weights in half precision lie beside the others.
     """
     sections = [
         _introduction(facts, repo_id, pictures),
-        _use(facts, repo_id, has_half),
+        _use(facts, repo_id, branch, has_half),
         _training(facts, pictures),
         _scores(facts.scores),
         _limits(facts, has_half),
@@ -162,7 +169,9 @@ def _why_not_stock(facts: Facts, guidance: float) -> str | None:
     return None
 
 
-def _use(facts: Facts, repo_id: str, has_half: bool) -> str:
+def _use(facts: Facts, repo_id: str, branch: str, has_half: bool) -> str:
+    on_main = branch == "main"
+    name = json.dumps(repo_id) + ("" if on_main else f", revision={json.dumps(branch)}")
     steps, guidance = facts.config.get("num_inference_steps", 50), float(facts.config.get("guidance_scale", 1.5))
     names = json.dumps(_unmistakable(facts.class_names), ensure_ascii=False) if facts.class_names else ""
     if facts.config.get("class_dropout_prob") == 0 or not facts.class_names:
@@ -173,7 +182,7 @@ def _use(facts: Facts, repo_id: str, has_half: bool) -> str:
         return (
             f"## Use\n\n{why}. The one of `speed_diffusers` does:\n\n```python\n"
             "from speed_diffusers.generation import load_pipeline\n\n"
-            f'pipeline = load_pipeline("{repo_id}")\nimages = pipeline({labels}{options}).images\n```'
+            f"pipeline = load_pipeline({name})\nimages = pipeline({labels}{options}).images\n```"
         )
     if names not in ("", "[]"):
         labels = f"pipeline.get_label_ids({names})"
@@ -182,20 +191,21 @@ def _use(facts: Facts, repo_id: str, has_half: bool) -> str:
     lines = [
         "## Use",
         "```python\nfrom diffusers import DiTPipeline\n\n"
-        f'pipeline = DiTPipeline.from_pretrained("{repo_id}")\n'
+        f"pipeline = DiTPipeline.from_pretrained({name})\n"
         f"class_labels = {labels}\nimages = pipeline(class_labels, {options}).images\n```",
     ]
     if has_half:
         lines.append(
             "Half precision, on a GPU (older versions of diffusers call `dtype` `torch_dtype`):\n\n```python\n"
             "import torch\nfrom diffusers import DiTPipeline\n\n"
-            f'pipeline = DiTPipeline.from_pretrained("{repo_id}", variant="fp16", dtype=torch.float16).to("cuda")\n```'
+            f'pipeline = DiTPipeline.from_pretrained({name}, variant="fp16", dtype=torch.float16).to("cuda")\n```'
         )
     variance = "a learned variance, " if facts.predicts_variance else ""
     lines.append(
-        f'`speed_diffusers.generation.load_pipeline("{repo_id}")` opens it with {variance}more samplers, guidance in '
+        f"`speed_diffusers.generation.load_pipeline({name})` opens it with {variance}more samplers, guidance in "
         "an interval and one seed per image. To fine-tune it, give its name to `train_dit_speed.py` as "
-        f"`pretrained_model_name_or_path={repo_id}`. `speed_training.json` holds its training's options."
+        f"`pretrained_model_name_or_path={repo_id}{'' if on_main else f' revision={branch}'}`. `speed_training.json` "
+        "holds its training's options."
     )
     return "\n\n".join(lines)
 

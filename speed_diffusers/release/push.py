@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..files import remove
-from ..hub import Destination, upload
+from ..hub import Destination, check_destination, upload
 from ..training.run import TrainingRun
 from ..training.run_folder import RELEASE_FOLDER
 from .folder import make_release
@@ -39,7 +39,9 @@ def push_after_training(run: TrainingRun) -> None:
         folder = run.output_dir / f".tmp-{RELEASE_FOLDER}-{os.getpid()}"
         destination = Destination(config.hub_model_id, config.hub_private_repo, config.hub_revision)
         try:
-            make_release(str(run.output_dir), folder, config.hub_model_id, Licences(weights=config.hub_license))
+            destination = check_destination(destination)
+            licences = Licences(weights=config.hub_license)
+            make_release(str(run.output_dir), folder, destination.repo_id, licences, branch=destination.revision)
             print(f"Pushed to the Hub: {push(folder, destination)}")
         except Exception as error:  # the training is done and saved, whatever this is
             logger.warning("Not pushed to the Hub: %s Once that is mended: %s", error, _command(run, destination))

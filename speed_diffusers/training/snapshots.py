@@ -17,7 +17,7 @@ from ..assets import EMBEDDED
 from ..errors import InputError, unknown_name
 from ..generation.export import inference_pipeline
 from ..generation.generate import speed_pipeline
-from ..generation.pretrained import GUIDANCE_UNTRAINED, load_pipeline, load_vae, training_config_of
+from ..generation.pretrained import GUIDANCE_UNTRAINED, load_pipeline, load_vae, sidecar_of, training_config_of
 from ..models import export_transformer
 from .checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
 from .checkpoints import read_state
@@ -120,7 +120,7 @@ def load_latest_place(name: str, *, revision: str | None = None) -> tuple[DiTPip
         InputError: Nothing of this name can be loaded, or the run has no whole checkpoint yet.
     """
     if not is_half_trained(name):
-        return load_pipeline(name, revision=revision), pipeline_place(name)
+        return load_pipeline(name, revision=revision), pipeline_place(name, revision=revision)
     folder = Path(name)
     for checkpoint in list_checkpoints(folder):
         if problem := _problem_of(checkpoint, EMA):
@@ -286,9 +286,13 @@ def global_batch_of(checkpoints: list[Path]) -> int | None:
     return None
 
 
-def pipeline_place(name: str) -> Place:
+def pipeline_place(name: str, *, revision: str | None = None) -> Place:
     """The step that a pipeline's sidecar file tells; None where it has none, or is by another hand."""
-    return Place(None, training_config_of(name).get("max_train_steps"))
+    sidecar = sidecar_of(name, revision=revision)
+    record = sidecar.get("training", {})
+    seen, batch = record.get("images_seen"), record.get("global_batch")
+    # A run that was released before its end has done fewer than it was to do.
+    return Place(None, seen // batch if seen and batch else sidecar.get("training_config", {}).get("max_train_steps"))
 
 
 def pipeline_of_config(folder: Path) -> DiTPipeline:

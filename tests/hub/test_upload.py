@@ -45,7 +45,8 @@ def released(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
 
 
 def test_only_what_is_allowed_arrives_in_one_commit_and_comes_back(hub: LoopbackHub, folder: Path) -> None:
-    check_destination(HERE)
+    assert check_destination(HERE) == HERE
+    assert check_destination(Destination("tiny", revision="v1")) == Destination("alice/tiny", revision="v1")
     url = upload(folder, Destination("tiny", private=True), message="First")
     assert released(hub) == FILES
     repository = hub.repositories["alice/tiny"]

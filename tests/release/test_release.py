@@ -28,6 +28,7 @@ from speed_diffusers.release.model_card import recipe
 from speed_diffusers.train_scripts import push_to_hub
 from speed_diffusers.training.config import TrainConfig
 from speed_diffusers.training.run_folder import load_run_config
+from speed_diffusers.training.snapshots import pipeline_place
 
 QUICKSTART = [
     "dataset_name=embedded",
@@ -169,9 +170,25 @@ def test_scores_of_other_weights_are_not_claimed(run: Path, place: Path, tmp_pat
     save_score(replace(record.score, protocol=more, values={"recall": 0.25}), tmp_path / "scores")
     other = replace(record.score.protocol, num_images=30)
     save_score(replace(record.score, protocol=other, weights_sha256="0" * 64), tmp_path / "scores")
+    # As evaluate.py writes them that is given an output_dir.
+    samples = replace(record.score.protocol, num_images=50)
+    save_score(replace(record.score, protocol=samples), tmp_path / "scores" / "samples")
     made = make_release(str(run), tmp_path / "release", "alice/tiny", scores_dir=tmp_path / "scores")
-    assert [score.protocol.num_images for score in made.facts.scores] == [20, 40]
+    assert [score.protocol.num_images for score in made.facts.scores] == [20, 40, 50]
     assert "| recall (higher is better) | 0.25 |" in card_of(made).text
+
+
+def test_numbers_that_came_to_the_runs_own_score_are_released(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    (record,) = load_scores(run / "scores")
+    save_score(replace(record.score, values={**record.score.values, "recall": 0.125}), run / "scores")
+    made = make_release(str(run), tmp_path / "release", "alice/tiny", branch="v1")
+    assert [score.values["recall"] for score in made.facts.scores] == [0.125]
+    text = card_of(made).text
+    assert (
+        'from_pretrained("alice/tiny", revision="v1")' in text and 'load_pipeline("alice/tiny", revision="v1")' in text
+    )
+    assert "`pretrained_model_name_or_path=alice/tiny revision=v1`" in text
 
 
 def test_a_run_that_is_not_finished_is_released_as_such(run: Path, tmp_path: Path) -> None:
@@ -182,6 +199,7 @@ def test_a_run_that_is_not_finished_is_released_as_such(run: Path, tmp_path: Pat
     text = card_of(made).text
     assert "for 2 steps of the 4 that its training is to have" in text
     assert "| steps | 2 of 4 images (8 images) |" in text and "## Scores" not in text
+    assert pipeline_place(str(made.folder)).step == 2
     averaged = load_file(half / "checkpoint-2" / "ema.safetensors")
     released = load_file(tmp_path / "release" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(released["proj_out_2.weight"], averaged["transformer.proj_out_2.weight"])

@@ -204,6 +204,8 @@ def test_runs_are_drawn_together_and_only_under_one_protocol(
     assert files(Path("compared")) == ["other", "run", "score_over_steps.png"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[7:13]] == ["run"] * 3 + ["other"] * 3
     assert not (run / "scores").exists()
+    evaluate.main(["models=run,other", "checkpoints=true", *QUICK])
+    assert files(Path("scores")) == ["score_over_steps.png"] and len(load_scores(Path("other/scores"))) == 3
     generated.clear()
     with pytest.raises(InputError, match=r"scores of run and embedded do not compare: labels: 0..1 in turn and 0..9"):
         evaluate.main(["models=run,embedded", "checkpoints=true", *QUICK])
