@@ -245,6 +245,10 @@ def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_fold
     assert record.score.protocol.extractor == "own.py:maker" and len(record.score.values) == 5
     evaluate.main([*options, "reference=false/reference_features.safetensors", "metrics=frechet_distance"])
     assert len(load_scores(run / "scores")) == 2, "another reference, another protocol"
+    # These features tell no classes, so there is no curve to draw and nothing to complain of.
+    metrics = ["metrics=class_agreement,precision_recall", "checkpoints=true", "output_dir=classless"]
+    evaluate.main([*options, "reference=true/reference_features.safetensors", *metrics])
+    assert len(load_scores(Path("classless/run"))) == 3 and not list(Path("classless").rglob("*.png"))
 
 
 def test_training_images_are_not_called_held_out(
