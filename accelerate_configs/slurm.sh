@@ -20,6 +20,8 @@ train=${TRAIN:-train_scripts/train_dit_speed.py}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) || exit 1
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16}
+# From SLURM 22.05 on srun no longer takes this over from the job, and each process would have one core.
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
 
 # srun starts the processes themselves. torchrun in between would kill them 30 seconds after it has passed a signal on,
 # in the midst of a large save, and hide the exit code that says why they stopped. --wait: for those that wait in vain

@@ -11,7 +11,6 @@ started again, it goes on where it was. Results: fine_tuning/*.json, a table and
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL import ImageOps
 
 from measurement import environment
 from speed_diffusers.assets import EMBEDDED, EMBEDDED_IMAGES
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.errors import InputError
@@ -33,7 +33,7 @@ from speed_diffusers.metrics import FeatureExtractor, load_extractor
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.training.snapshots import pipeline_of_config, put_weights
-from training_runs import trained_run
+from training_runs import is_measured, trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "fine_tuning"
@@ -114,7 +114,12 @@ def fine_tune(arm: str, seed: int, config: BenchmarkConfig, work_dir: Path) -> P
 def measure(arm: str, seed: int, config: BenchmarkConfig, work_dir: Path) -> None:
     """Fine-tunes and scores one arm, unless its result is there."""
     target = Path(config.results_dir) / f"{arm}-{seed}.json"
-    if target.exists():
+    if is_measured(
+        target,
+        max_train_steps=config.max_train_steps,
+        learning_rate=config.learning_rate,
+        num_images=config.num_images,
+    ):
         return
     about = environment()
     scores = {}
@@ -206,7 +211,7 @@ def main(argv: list[str]) -> None:
     """Runs what is missing and prints the table.
 
     Raises:
-        InputError: Wrong options.
+        InputError: Wrong options, or results that were measured with others.
     """
     config = load_config(BenchmarkConfig, argv, HERE)
     if not config.report_only:
@@ -222,4 +227,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main, __doc__, BenchmarkConfig)

@@ -10,7 +10,6 @@ posterior's) and of DDIM, without guidance. Results: learned_variance/*.json, a 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from measurement import environment
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
-from training_runs import trained_run
+from training_runs import is_measured, trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "learned_variance"
@@ -44,9 +44,9 @@ class BenchmarkConfig(Options):
 
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")
     arms: list[str] = option([], "Arms to run, such as 'learned, ddpm'; empty: all.", choices=ARMS)
-    max_train_steps: int = option(3000, "Optimizer steps of each run.")
-    num_images: int = option(1000, "Generated images per score.")
-    num_inference_steps: int = option(250, "Solver steps.")
+    max_train_steps: int = option(3000, "Optimizer steps of each run.", interval="[1, inf)")
+    num_images: int = option(1000, "Generated images per score.", interval="[2, inf)")
+    num_inference_steps: int = option(250, "Solver steps.", interval="[1, inf)")
     runs_dir: str = option("runs/learned_variance", "Where the runs go.", path=True)
     results_dir: str = option(str(RESULTS), "Where the results go.", path=True)
     report_only: bool = option(False, "Only make table and picture from the results that are there.")
@@ -60,7 +60,12 @@ def result_file(config: BenchmarkConfig, arm: str, seed: int) -> Path:
 def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
     """Trains and scores, unless the result is there."""
     target = result_file(config, arm, seed)
-    if target.exists():
+    if is_measured(
+        target,
+        max_train_steps=config.max_train_steps,
+        num_images=config.num_images,
+        num_inference_steps=config.num_inference_steps,
+    ):
         return
     measured_at = environment()
     variance, sampler = ARMS[arm]
@@ -96,7 +101,8 @@ def report(config: BenchmarkConfig) -> str:
     folder = Path(config.results_dir)
     (folder / "table.md").write_text(table + "\n")
     distances = {arm: [float(result["frechet_distance"]) for result in own] for arm, own in results.items()}
-    _plot(config.seeds, distances, folder / "distances.png", f"{config.num_inference_steps} steps, no guidance")
+    (steps,) = {result["protocol"]["num_inference_steps"] for own in results.values() for result in own}
+    _plot(config.seeds, distances, folder / "distances.png", f"{steps} steps, no guidance")
     return table
 
 
@@ -116,7 +122,11 @@ def _plot(seeds: list[int], distances: dict[str, list[float]], path: Path, title
 
 
 def main(argv: list[str]) -> None:
-    """Runs what is missing and prints the table."""
+    """Runs what is missing and prints the table.
+
+    Raises:
+        InputError: Wrong options, or results that were measured with others.
+    """
     config = load_config(BenchmarkConfig, argv, HERE)
     if not config.report_only:
         for seed in config.seeds:
@@ -127,4 +137,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main, __doc__, BenchmarkConfig)

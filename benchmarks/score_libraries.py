@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from measurement import environment
 from speed_diffusers.assets import EMBEDDED
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.data import ImageDataset, open_images
@@ -324,4 +325,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main, __doc__, BenchmarkConfig)

@@ -12,7 +12,6 @@ resumes where it was. Results: speed_vs_uniform/*.json, a table and a picture be
 
 import json
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 
 from measurement import commit
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.generation.pretrained import load_pipeline
 from speed_diffusers.metrics.score import ScoreSettings, score_pipeline
 from speed_diffusers.presets import PRESETS
-from training_runs import trained_run
+from training_runs import is_measured, trained_run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "speed_vs_uniform"
@@ -39,9 +39,10 @@ class BenchmarkConfig(Options):
 
     seeds: list[int] = option([0, 1, 2], "Seeds to run.")
     arms: list[str] = option(list(ARMS), "Arms to run.", choices=ARMS)
-    max_train_steps: int = option(2000, "Optimizer steps of each run.")
-    num_images: int = option(2000, "Generated images per score.")
+    max_train_steps: int = option(2000, "Optimizer steps of each run.", interval="[1, inf)")
+    num_images: int = option(2000, "Generated images per score.", interval="[2, inf)")
     runs_dir: str = option("runs/speed_vs_uniform", "Where the runs go.", path=True)
+    results_dir: str = option(str(RESULTS), "Where the results go.", path=True)
     report_only: bool = option(False, "Only make table and picture from the results that are there.")
 
 
@@ -59,10 +60,15 @@ def train(arm: str, seed: int, config: BenchmarkConfig) -> Path:
     )
 
 
+def result_file(config: BenchmarkConfig, arm: str, seed: int) -> Path:
+    """Where the result of an arm and a seed is kept."""
+    return Path(config.results_dir) / f"{arm}-{seed}.json"
+
+
 def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
     """Trains and scores one arm, unless its result is there."""
-    target = RESULTS / f"{arm}-{seed}.json"
-    if target.exists():
+    target = result_file(config, arm, seed)
+    if is_measured(target, max_train_steps=config.max_train_steps, num_images=config.num_images):
         return
     at_commit = commit()
     pipeline = load_pipeline(str(train(arm, seed, config)))
@@ -76,7 +82,7 @@ def measure(arm: str, seed: int, config: BenchmarkConfig) -> None:
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
     }
-    RESULTS.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -88,7 +94,7 @@ def report(config: BenchmarkConfig) -> str:
     ]
     distances = []
     for seed in config.seeds:
-        speed, uniform = (json.loads((RESULTS / f"{arm}-{seed}.json").read_text()) for arm in ARMS)
+        speed, uniform = (json.loads(result_file(config, arm, seed).read_text()) for arm in ARMS)
         if speed["protocol"] != uniform["protocol"]:
             raise ValueError(f"The scores of seed {seed} were measured under different protocols.")
         first, second = speed["frechet_distance"], uniform["frechet_distance"]
@@ -101,8 +107,9 @@ def report(config: BenchmarkConfig) -> str:
     ratio = float(np.exp(np.mean([np.log(second / first) for first, second in distances])))
     lines.append(f"| mean | {means[0]:.3f} | {means[1]:.3f} | {ratio:.3f} (geometric) | | |")
     table = "\n".join(lines)
-    (RESULTS / "table.md").write_text(table + "\n")
-    _plot(config.seeds, np.array(distances), RESULTS / "distances.png")
+    folder = Path(config.results_dir)
+    (folder / "table.md").write_text(table + "\n")
+    _plot(config.seeds, np.array(distances), folder / "distances.png")
     return table
 
 
@@ -121,16 +128,20 @@ def _plot(seeds: list[int], distances: np.ndarray, path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Runs what is missing and prints the table."""
-    config = load_config(BenchmarkConfig, sys.argv[1:], HERE)
+def main(argv: list[str]) -> None:
+    """Runs what is missing and prints the table.
+
+    Raises:
+        InputError: Wrong options, or results that were measured with others.
+    """
+    config = load_config(BenchmarkConfig, argv, HERE)
     if not config.report_only:
         for seed in config.seeds:
             for arm in config.arms:
                 measure(arm, seed, config)
-    if all((RESULTS / f"{arm}-{seed}.json").exists() for arm in ARMS for seed in config.seeds):
+    if all(result_file(config, arm, seed).exists() for arm in ARMS for seed in config.seeds):
         print(report(config))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, BenchmarkConfig)

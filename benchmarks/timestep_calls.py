@@ -10,7 +10,6 @@ timestep_calls/result.json, table.md and timestep_calls.png beside this file.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from measurement import commit
 from speed_diffusers import PRESETS, SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.hardware import processor
@@ -41,7 +41,7 @@ BUDGET = 200.0  # microseconds a call
 class BenchmarkConfig(Options):
     """Options of this benchmark."""
 
-    num_calls: int = option(1000, "Timed calls of each kind; the median counts.")
+    num_calls: int = option(1000, "Timed calls of each kind; the median counts.", interval="[1, inf)")
     write: bool = option(True, "Write the results beside this file.")
 
 
@@ -149,9 +149,9 @@ def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measures every row, prints the table and writes it."""
-    config = load_config(BenchmarkConfig, sys.argv[1:], HERE)
+    config = load_config(BenchmarkConfig, argv, HERE)
     torch.set_num_threads(1)
     at_commit = commit()
     rows = {label: measure(settings, config.num_calls) for label, settings in tqdm(strategies().items())}
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__, BenchmarkConfig)

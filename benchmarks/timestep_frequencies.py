@@ -11,7 +11,6 @@ timestep_frequencies/result.json, a table and a picture beside this file.
 
 import copy
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from measurement import environment
 from speed_diffusers.assets import EMBEDDED, EMBEDDED_HELD_OUT_IMAGES
+from speed_diffusers.config.command_line import run_script
 from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.generation import load_pipeline
@@ -182,4 +182,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main, __doc__, BenchmarkConfig)

@@ -12,12 +12,14 @@ preset (paper, official, uniform, ...) or density+weighting, or density+weightin
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
+from diffusers import DiTTransformer2DModel
 
 from speed_diffusers.assets import EMBEDDED, EMBEDDED_IMAGES, EMBEDDED_PIPELINE
 from speed_diffusers.config.command_line import run_script
@@ -26,7 +28,7 @@ from speed_diffusers.config.schema import option
 from speed_diffusers.data.listing import describe_ignored, describe_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_output_file
-from speed_diffusers.generation.pretrained import read_scheduler_config
+from speed_diffusers.generation.pretrained import read_scheduler_config, transformer_config_of
 from speed_diffusers.json_files import check_values, read_object
 from speed_diffusers.models import build_dit, dit_config
 from speed_diffusers.reports.strategy_plot import save_strategy_plot
@@ -163,16 +165,7 @@ def training_cost(config: PlanConfig) -> TrainingCost:
     Raises:
         InputError: The autoencoder or the patches do not divide the images.
     """
-    channels, factor = _latent_form(config.pretrained_vae_model_name_or_path)
-    if config.resolution % factor:
-        raise InputError(f"resolution={config.resolution}: must be a multiple of the autoencoder's factor, {factor}.")
-    architecture = dit_config(
-        config.model,
-        sample_size=config.resolution // factor,
-        in_channels=channels,
-        out_channels=2 * channels if config.variance_type == LEARNED_RANGE else channels,
-        num_classes=config.num_classes or 0,
-    )
+    architecture = _architecture(config)
     with torch.device("meta"):
         core = build_dit(architecture, None, tie_embedders=config.tie_embedders)
     num_images = _num_images(config)
@@ -185,9 +178,31 @@ def training_cost(config: PlanConfig) -> TrainingCost:
         global_batch=global_batch,
         max_train_steps=with_steps_of_epochs(config, num_images or 0, global_batch).max_train_steps,
         num_images=num_images,
-        random_flip=config.random_flip,
-        gradient_checkpointing=config.gradient_checkpointing,
-        muon_ns_steps=config.muon_ns_steps if config.optimizer == "muon" else None,
+        **config.cost_options(),
+    )
+
+
+def _architecture(config: PlanConfig) -> Mapping[str, Any]:
+    """Config of the transformer: a pretrained one's own, or that of the model which is named."""
+    if (name := config.pretrained_model_name_or_path) is not None:
+        saved = transformer_config_of(name)
+        if saved is None:
+            raise InputError(
+                f"pretrained_model_name_or_path={name}: is not on this disk, and a plan asks no Hub; leave it out and "
+                "name a model=... of its size, or take train_dit_speed.py dry_run=true."
+            )
+        with torch.device("meta"):
+            full = DiTTransformer2DModel.from_config(saved).config  # with what the file leaves out
+        return {**full, "out_channels": full["out_channels"] or full["in_channels"]}
+    channels, factor = _latent_form(config.pretrained_vae_model_name_or_path)
+    if config.resolution % factor:
+        raise InputError(f"resolution={config.resolution}: must be a multiple of the autoencoder's factor, {factor}.")
+    return dit_config(
+        config.model,
+        sample_size=config.resolution // factor,
+        in_channels=channels,
+        out_channels=2 * channels if config.variance_type == LEARNED_RANGE else channels,
+        num_classes=config.num_classes or 0,
     )
 
 
@@ -207,7 +222,8 @@ def _latent_form(vae: str) -> tuple[int, int]:
 
 def _num_images(config: PlanConfig) -> int | None:
     known = config.num_images
-    if known is None and config.train_data_dir is None:
+    # How many images another split or a part of one has, a plan does not know.
+    if known is None and config.train_data_dir is None and config.dataset_split == "train":
         if config.dataset_name == EMBEDDED:
             known = pyarrow.parquet.read_metadata(EMBEDDED_IMAGES).num_rows
         elif config.dataset_name == IMAGENET:

@@ -95,6 +95,25 @@ def load_transformer(name: str, *, revision: str | None = None) -> DiTTransforme
     return cast(DiTTransformer2DModel, _load_model(DiTTransformer2DModel, "transformer", name, revision, problem))
 
 
+def transformer_config_of(name: str) -> dict[str, Any] | None:
+    """Config of the transformer of a model on this disk, as it is saved; None where there is none.
+
+    Args:
+        name: "embedded", a folder of its own, or a run or pipeline folder.
+
+    Raises:
+        InputError: The file is damaged, or that of another class.
+    """
+    folder = _pipeline_folder(name)
+    found = next((place for place in (folder / "transformer", folder) if (place / "config.json").is_file()), None)
+    if found is None:
+        return None
+    config = read_object(found / "config.json")
+    _check_class(DiTTransformer2DModel, "transformer", str(found), config)
+    check_values(found / "config.json", config, arguments_of(DiTTransformer2DModel) | {FREQ_SHIFT: float}, null=True)
+    return config
+
+
 def sidecar_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
     """What the file beside a pipeline tells of its training; empty where it has none, or cannot be had from the Hub.
 

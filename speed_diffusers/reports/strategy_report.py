@@ -18,7 +18,7 @@ from ..tables import SpeeDTables
 from ..timesteps import DENSITIES, UNIFORM
 from ..weightings import WEIGHTINGS
 from .strategy_plot import area_shares, log_snr_moments, mean_weight, relative_density
-from .training_cost import BYTES_A_PARAMETER, BYTES_OF_MUON, TrainingCost, gpu_named
+from .training_cost import BYTES_A_PARAMETER, BYTES_OF_MUON, BYTES_OF_TRACK, TrainingCost, gpu_named
 
 # A plus before a digit is a number's, as in 1e+3.
 PLUS = re.compile(r"\+(?=[A-Za-z_])")
@@ -223,6 +223,8 @@ def describe_cost(cost: TrainingCost, *, gpu: str | None = None, num_gpus: int =
     byte_words = ", ".join(f"{name} {count}" for name, count in BYTES_A_PARAMETER.items())
     if cost.muon_ns_steps is not None:
         byte_words += f", Muon's momentum {BYTES_OF_MUON} instead of the moments of what it takes"
+    if cost.ema_tracks:
+        byte_words += f", {cost.ema_tracks} of ema_tracks {BYTES_OF_TRACK} each"
     rows = [
         ("parameters", f"{cost.num_parameters / 1e6:,.2f} M", "counted, in training form"),
         ("compute, per image", _flops(cost.image_flops), f"{per_mac} x multiply-accumulates of a forward pass"),

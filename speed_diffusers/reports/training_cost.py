@@ -56,6 +56,9 @@ MOMENTS = "AdamW's moments"
 BYTES_A_PARAMETER = {"weights": 4, "gradients": 4, MOMENTS: 8, "EMA weights": 4}
 """Of the training script's state, which is float32 throughout; bf16 is autocast's and never kept."""
 
+BYTES_OF_TRACK = 4
+"""Of a power-function average (`ema_tracks`)."""
+
 BYTES_OF_MUON = 4
 """Of its momentum, which a matrix has instead of AdamW's moments."""
 
@@ -158,6 +161,7 @@ class TrainingCost:
         random_flip: The cache holds the flipped images too.
         gradient_checkpointing: Share of the blocks whose activations are computed twice, in [0, 1].
         muon_ns_steps: Newton-Schulz steps of Muon; None: AdamW takes all parameters.
+        ema_tracks: How many power-function averages are kept beside the EMA weights.
     """
 
     config: Mapping[str, Any]
@@ -168,6 +172,7 @@ class TrainingCost:
     random_flip: bool = False
     gradient_checkpointing: float = 0.0
     muon_ns_steps: int | None = None
+    ema_tracks: int = 0
 
     @property
     def image_flops(self) -> float:
@@ -209,10 +214,10 @@ class TrainingCost:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients, optimizer state and EMA weights, on every device that holds all of them."""
+        """Bytes of weights, gradients, optimizer state and averages, on every device that holds all of them."""
         under_muon = 0 if self.muon_ns_steps is None else 12 * _width(self.config) ** 2 * self.config["num_layers"]
         saved = under_muon * (BYTES_A_PARAMETER[MOMENTS] - BYTES_OF_MUON)
-        return self.num_parameters * sum(BYTES_A_PARAMETER.values()) - saved
+        return self.num_parameters * (sum(BYTES_A_PARAMETER.values()) + BYTES_OF_TRACK * self.ema_tracks) - saved
 
     @property
     def latent_bytes(self) -> int:

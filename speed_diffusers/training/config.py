@@ -329,6 +329,15 @@ class TrainConfig(_WithSpeeD):
         None, "Of the weights, as the Hub lists it (apache-2.0, mit, cc-by-nc-4.0, ...); None: not stated.", free=True
     )
 
+    def cost_options(self) -> dict[str, Any]:
+        """What of the options changes the costs of a run, by the names of `reports.training_cost.TrainingCost`."""
+        return {
+            "random_flip": self.random_flip,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "muon_ns_steps": self.muon_ns_steps if self.optimizer == "muon" else None,
+            "ema_tracks": len(self.ema_tracks),
+        }
+
     def __post_init__(self) -> None:
         self.gradient_checkpointing = float(self.gradient_checkpointing)  # True from Python, as of old
         if self.conditioning_init != "dit" and self.pretrained_model_name_or_path is not None:

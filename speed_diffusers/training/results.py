@@ -86,9 +86,7 @@ def describe_costs(inputs: Inputs) -> str:
         global_batch=inputs.layout.global_batch,
         max_train_steps=config.max_train_steps,
         num_images=len(inputs.source),
-        random_flip=config.random_flip,
-        gradient_checkpointing=config.gradient_checkpointing,
-        muon_ns_steps=config.muon_ns_steps if config.optimizer == "muon" else None,
+        **config.cost_options(),
     )
     return describe_run(inputs.scheduler, cost)
 

@@ -321,9 +321,13 @@ def temporary_run(
     Raises:
         InputError: As `check_inputs`.
     """
+    # What a step costs does not depend on the rate, whose warm-up and decay may be longer than the few steps.
+    warmup = min(config.lr_warmup_steps, steps - 1)
     with tempfile.TemporaryDirectory(prefix="speed-diffusers-") as folder:
         config = replace(
             config,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=min(config.lr_decay_steps, steps - warmup),
             output_dir=folder,
             max_train_steps=steps,
             num_train_epochs=None,

@@ -236,3 +236,10 @@ def test_the_committed_counts_are_within_the_budgets() -> None:
     assert result["host_waits"]["scalar_reads"] == result["host_waits"]["others"] == 0
     for part, budget in host_work.BUDGETS.items():
         assert budget is None or result["comparison"][part][host_work.OURS] <= budget
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_command_takes_its_options_as_the_scripts_do(path: Path) -> None:
+    """So that --help is help, and a wrong option is one line and exit code 2."""
+    _, runs, command = path.read_text().partition('\nif __name__ == "__main__":\n')
+    assert not runs or command.startswith("    run_script(main, __doc__, ")

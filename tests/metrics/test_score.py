@@ -342,7 +342,10 @@ def test_the_committed_comparison_can_still_be_reported(monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(benchmarks))
     comparison = importlib.import_module("speed_vs_uniform")
     committed = comparison.RESULTS
-    shutil.copytree(committed, tmp_path / "results")
-    monkeypatch.setattr(comparison, "RESULTS", tmp_path / "results")
-    table = comparison.report(comparison.BenchmarkConfig())
+    results = shutil.copytree(committed, tmp_path / "results")
+    table = comparison.report(comparison.BenchmarkConfig(results_dir=str(results)))
     assert table == (committed / "table.md").read_text().rstrip()
+    for other in ("max_train_steps=10", "num_images=20"):
+        with pytest.raises(InputError, match=f"^{other}: .*was measured with 2000; give a new results_dir"):
+            comparison.main([f"results_dir={results}", f"runs_dir={tmp_path / 'runs'}", other])
+    assert not (tmp_path / "runs").exists()

@@ -67,6 +67,7 @@ def test_torch_counts_the_same_of_muon(ns_steps: int) -> None:
     under_muon = sum(state["momentum_buffer"].numel() for state in muon.state.values())
     assert cost.state_bytes == 12 * parameters + 4 * under_muon + 8 * (parameters - under_muon) < plain.state_bytes
     assert plain.muon_flops == 0
+    assert replace(plain, ema_tracks=2).state_bytes == plain.state_bytes + 8 * parameters
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from PIL import Image
 from speed_diffusers import ForwardProcess, SpeeDDDPMScheduler, SpeeDOptions, SpeeDStrategy
 from speed_diffusers.config.load import load_config, save_config
 from speed_diffusers.errors import InputError
+from speed_diffusers.generation.pretrained import load_transformer
+from speed_diffusers.models import TrainableDiT
 from speed_diffusers.presets import PRESETS
 from speed_diffusers.reports.strategy_plot import (
     area_shares,
@@ -109,8 +111,19 @@ def test_epochs_need_to_know_of_how_many_images() -> None:
 
     assert steps("num_train_epochs=2", "num_images=1000", "train_batch_size=30") == 67
     assert steps("num_train_epochs=80", "num_gpus=8") == math.ceil(80 * 1_281_167 / 256)
-    with pytest.raises(InputError, match="num_train_epochs=2: of how many images"):
-        steps("num_train_epochs=2", "train_data_dir=somewhere", "dataset_name=None")
+    for elsewhere in (["train_data_dir=somewhere", "dataset_name=None"], ["dataset_split=validation"]):
+        with pytest.raises(InputError, match="num_train_epochs=2: of how many images"):
+            steps("num_train_epochs=2", *elsewhere)
+
+
+def test_the_costs_of_a_pretrained_model_are_its_own() -> None:
+    options = ["pretrained_model_name_or_path=embedded", "config=None", "dataset_name=embedded", "ema_tracks=0.05"]
+    cost = training_cost(load_config(PlanConfig, options, SCRIPT_DIR))
+    core = TrainableDiT(load_transformer("embedded"))
+    assert cost.num_parameters == sum(each.numel() for each in core.parameters() if each.requires_grad)
+    assert cost.ema_tracks == 1 and cost.num_images == 9000
+    with pytest.raises(InputError, match="=owner/name: is not on this disk, and a plan asks no Hub"):
+        training_cost(load_config(PlanConfig, ["pretrained_model_name_or_path=owner/name"], SCRIPT_DIR))
 
 
 def test_gradient_checkpointing_and_unknown_data_show_in_the_costs() -> None:

@@ -120,7 +120,9 @@ def test_wrong_options_are_one_line(tiny_options: list[str], wrong: str, message
 
 def test_a_temporary_run_leaves_nothing_behind(tiny_options: list[str], temporary_folder: Path) -> None:
     config = load_config(TrainConfig, tiny_options, SCRIPT_DIR)
-    with temporary_run(replace(config, overwrite_output_dir=True), steps=2) as run:
+    # The whole run's decay is longer than these steps.
+    decay = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 4, "lr_decay_steps": 6}
+    with temporary_run(replace(config, overwrite_output_dir=True, **decay), steps=2) as run:  # type: ignore[arg-type]
         assert run.output_dir.parent == temporary_folder
         assert [step.done for step in training_steps(run)] == [1, 2], "and no more than it was made for"
     with pytest.raises(KeyError, match="stopped"), temporary_run(config, steps=1):

@@ -18,6 +18,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+names += ("SRUN_CPUS_PER_TASK",)
 def stop(number, frame):
     time.sleep(0.5)  # it saves
     (folder / "saved").touch()
@@ -56,7 +57,7 @@ def test_processes_are_told_to_save_and_the_job_is_queued_again(
 ) -> None:
     slurm = FakeSlurm(tmp_path / "bin")
     (tmp_path / "train.py").write_text(TRAINER)
-    environment = {"TRAIN": str(tmp_path / "train.py"), "MASTER_PORT": "29511"}
+    environment = {"TRAIN": str(tmp_path / "train.py"), "MASTER_PORT": "29511", "SLURM_CPUS_PER_TASK": "8"}
     job = slurm.submit(str(tmp_path), "seed=1", output=tmp_path / "job.txt", **environment)
     started(tmp_path, job)
     job.send_signal(number)
@@ -72,6 +73,7 @@ def test_processes_are_told_to_save_and_the_job_is_queued_again(
             "2",
         ]
         assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("localhost", "29511")
+        assert told["SRUN_CPUS_PER_TASK"] == "8"
     if is_queued:  # what the queue starts then: here it finds that nothing is left to do
         again = slurm.submit(str(tmp_path), "seed=1", output=tmp_path / "job.txt", **environment)
         assert again.wait(60) == 0 and slurm.asked().count("requeue 42") == 1
