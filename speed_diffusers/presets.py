@@ -8,6 +8,8 @@ are listed in one place, docs/strategies.md. They need a noise schedule on which
 from types import MappingProxyType
 from typing import Any
 
+_INDEPENDENT = {"speed_draw": "independent"}
+
 # The authors' current code (NUS-HPC-AI-Lab/SpeeD): a fixed tau, draws in pairs, weight 1 from tau on.
 _OFFICIAL = {
     "speed_sampling": "asymmetric",
@@ -28,9 +30,16 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
             "speed_tau": None,
             "speed_r": 145.0,
             "speed_lambda": 0.6,
+            **_INDEPENDENT,
         },
-        # A plain diffusers loop, bit for bit.
-        "uniform": {"speed_sampling": "uniform", "speed_weighting": "none"},
+        # A plain diffusers loop, bit for bit, whatever options a config has had before.
+        "uniform": {
+            "speed_sampling": "uniform",
+            "speed_weighting": "none",
+            **_INDEPENDENT,
+            "speed_normalize_weights": False,
+            "speed_anneal_start": 1.0,
+        },
         # Of their ImageNet, U-Net and text-to-image configurations.
         "official": _OFFICIAL,
         # Of their FFHQ, CelebA and rebuttal configurations.
@@ -38,10 +47,15 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         # Their first code (kaiwang960112/SpeeD, `faster: true`).
         "seed": {"speed_sampling": "t_sample", "speed_weighting": "p2:k=1,gamma=1", "speed_draw": "paired"},
         # The paper's two halves, as in its ablation.
-        "sampling_only": {"speed_sampling": "asymmetric", "speed_weighting": "none"},
-        "weighting_only": {"speed_sampling": "uniform", "speed_weighting": "change_aware"},
+        "sampling_only": {"speed_sampling": "asymmetric", "speed_weighting": "none", **_INDEPENDENT},
+        "weighting_only": {"speed_sampling": "uniform", "speed_weighting": "change_aware", **_INDEPENDENT},
         # The paper's, but tau at 700 of 1,000 timesteps whatever the noise is there: right on DiT's schedule only.
-        "fixed_tau": {"speed_sampling": "asymmetric", "speed_weighting": "change_aware", "speed_tau": 0.7},
+        "fixed_tau": {
+            "speed_sampling": "asymmetric",
+            "speed_weighting": "change_aware",
+            "speed_tau": 0.7,
+            **_INDEPENDENT,
+        },
         # Of config=quickstart/fast: log SNR is normal around -1, stratified draws, no weights. Not of the paper.
         "fast": {"speed_sampling": "gaussian:mean=-1", "speed_weighting": "none", "speed_draw": "stratified"},
     }

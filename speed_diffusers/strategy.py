@@ -253,6 +253,13 @@ class SpeeDStrategy:
         return weights
 
     def _make(self, settings: SpeeDSettings, pmf: Tensor, importance: Tensor | None) -> SpeeDTables:
+        steps = self.process.num_train_timesteps
+        for key, choice, made in (
+            ("speed_sampling", self._sampling, pmf),
+            ("speed_weighting", self._weighting, self._weights),
+        ):
+            if made.shape != (steps,):
+                raise InputError(f"{key}='{choice}': gives numbers of shape {tuple(made.shape)}; must be ({steps},).")
         weights = self._weights if importance is None else self._weights * importance
         if self.options.normalize_weights:
             weights = weights / (drawn_pmf(pmf, self.options.draw, self.pivot) * weights).sum()

@@ -83,10 +83,10 @@ def draw(
         steps = tables.process.num_train_timesteps
         # The very call of diffusers' training scripts.
         uniform = torch.randint(0, steps, (batch_size,), generator=generator, device=source)
-        return uniform.to(target, non_blocking=True)
+        return uniform.to(target, non_blocking=may_be_late(target))
     cumulative = tables.on_device("cumulative", source)
     function = DRAWS[tables.draw].function
-    return function(cumulative, batch_size, generator, tables.pivot).to(target, non_blocking=True)
+    return function(cumulative, batch_size, generator, tables.pivot).to(target, non_blocking=may_be_late(target))
 
 
 def draw_devices(
@@ -95,6 +95,11 @@ def draw_devices(
     """Where a draw happens and where its result goes."""
     target = torch.device(device) if device is not None else generator.device if generator else torch.device("cpu")
     return (generator.device if generator is not None else target), target
+
+
+def may_be_late(target: torch.device) -> bool:
+    """Whether a copy may end after its call returns: what reads it on a GPU waits for it, on the CPU nothing does."""
+    return target.type != "cpu"
 
 
 def weights(tables: SpeeDTables, timesteps: Tensor) -> Tensor:

@@ -349,9 +349,12 @@ def check_first(source: ImageRows) -> None:
 
 
 def _undecoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
-    """The data set with its image column as {"bytes", "path"}, so that `load_image` can say which image is damaged."""
+    """The image column alone, as {"bytes", "path"}, so that `load_image` can say which image is damaged.
+
+    Other columns would be read with every row, and decoded: masks, depths or sounds.
+    """
     check_image_column(dataset.features, image_column)
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
 
 def check_image_column(features: datasets.Features, image_column: str) -> None:
@@ -363,7 +366,8 @@ def check_image_column(features: datasets.Features, image_column: str) -> None:
     if image_column not in features:
         raise unknown_name("image column", image_column, features)
     feature = features[image_column]
-    encoded = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
+    kinds = ("binary", "large_binary", "string", "large_string")
+    encoded = isinstance(feature, datasets.Value) and feature.dtype in kinds
     parts = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not (isinstance(feature, datasets.Image) or encoded or parts):
         columns = ", ".join(f"{name} ({_kind(each)})" for name, each in features.items())

@@ -284,12 +284,17 @@ class ParquetShards(Shards):
         return found
 
     def take(self, group: RowGroup, rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
-        """Some columns of rows that are in one row group, by their numbers among those of all files."""
+        """Some columns of rows that are in one row group, by their rising numbers among those of all files."""
         with self._open(self.files[group.file]) as opened:
             metadata = self.footer(group.file).metadata
             parquet = pq.ParquetFile(opened, metadata=metadata, pre_buffer=True)
-            table = parquet.read_row_group(group.number, columns=columns, use_threads=False)
-        return table.take(pa.array(rows - group.first_row))
+            # In parts: pandas writes a million rows a group, and pyarrow reads at most 2 GB of nested columns at once.
+            wanted, begin, parts = rows - group.first_row, 0, []
+            for batch in parquet.iter_batches(BATCH_ROWS, [group.number], columns, use_threads=False):
+                inside = wanted[(begin <= wanted) & (wanted < begin + len(batch))] - begin
+                parts.append(batch.take(pa.array(inside)))
+                begin += len(batch)
+        return pa.Table.from_batches(parts)
 
     def place(self, stretch: Stretch) -> str:
         """See `Shards.place`: the file."""

@@ -53,9 +53,8 @@ def own_name(scheduler: Any) -> str:
     """The name of a scheduler's own strategy: a preset's if it is one, else its parts."""
     own = {key: scheduler.config.get(key, default) for key, default in SPEED_DEFAULTS.items()}
     for preset, values in PRESETS.items():
-        # What a uniform draw without weights leaves unread may have any value, but not how a batch is drawn.
-        read = {"speed_draw"} if preset == UNIFORM else SPEED_DEFAULTS.keys()
-        compared = {key: SPEED_DEFAULTS[key] for key in read} | values
+        # What uniform draws without weights leave unread may have any value.
+        compared = {key: values[key] for key in REGISTRIES} if preset == UNIFORM else SPEED_DEFAULTS | values
         if all(own[key] == value for key, value in compared.items()):
             return preset
     parts = [str(own[key]) for key in REGISTRIES]

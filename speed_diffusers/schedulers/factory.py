@@ -27,19 +27,9 @@ from .ddim import SpeeDDDIMScheduler
 from .ddpm import SpeeDDDPMScheduler
 from .flow import SpeeDFlowMixin
 from .flow_match_euler_discrete import SpeeDFlowMatchEulerDiscreteScheduler
-from .mixin import SpeeDSchedulerMixin
+from .mixin import SCHEDULE_KEYS, SpeeDSchedulerMixin, whole_config
 
 NAME_PREFIX = "SpeeD"
-
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
 
 _CLASSES: dict[type, type] = {
     DDPMScheduler: SpeeDDDPMScheduler,
@@ -77,7 +67,7 @@ def speed_scheduler(scheduler_or_config: SchedulerMixin | Mapping[str, Any], **s
             )
         cls, config = speed_scheduler_class(name), scheduler_or_config
     elif isinstance(scheduler_or_config, SchedulerMixin):
-        cls, config = speed_scheduler_class(type(scheduler_or_config)), cast(Any, scheduler_or_config).config
+        cls, config = speed_scheduler_class(type(scheduler_or_config)), whole_config(scheduler_or_config)
     else:
         raise InputError(f"{type(scheduler_or_config).__name__} is neither a scheduler of diffusers nor its config.")
     betas, wanted = config.get("trained_betas"), config.get("num_train_timesteps")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..tables import draw, draw_devices
+from ..tables import draw, draw_devices, may_be_late
 from .mixin import SpeeDSchedulerMixin
 
 
@@ -74,7 +74,7 @@ class SpeeDFlowMixin(SpeeDSchedulerMixin):
             indices = steps - 1 - (share * steps).long().clamp_max(steps - 1)
         else:
             indices = draw(tables, batch_size, generator, source)
-        return self._float_table("timesteps", source)[indices].to(target, non_blocking=True)
+        return self._float_table("timesteps", source)[indices].to(target, non_blocking=may_be_late(target))
 
     def timestep_indices(self, timesteps: Tensor) -> Tensor:
         """Index in [0, T) of the training timestep nearest to each sigma T, int64, without host synchronisation.

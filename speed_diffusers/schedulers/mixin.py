@@ -1,6 +1,7 @@
 """The mixin that teaches a diffusers scheduler SpeeD's timestep sampling and loss weights."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
@@ -14,6 +15,28 @@ from ..process import Areas, ForwardProcess, is_rectified_flow
 from ..settings import PREFIX, SPEED_KEYS, SpeeDOptions
 from ..strategy import REGISTRIES, SpeeDStrategy
 from ..tables import SpeeDTables, draw, importance, weights
+
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What says how a scheduler noises, and what of it is predicted."""
+
+_DEFAULTS_KEY = "_use_default_values"
+"""Where diffusers lists the keys that were left at their defaults when a scheduler was made. `from_config` gives those
+the defaults of the new class, whatever `register_to_config` has said since."""
+
+
+def whole_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's config as it is now, of which `from_config` leaves out what is still a default of its class."""
+    config, given = cast(Any, scheduler).config, inspect.signature(type(scheduler).__init__).parameters
+    still = [name for name in config.get(_DEFAULTS_KEY, ()) if name in given and config[name] == given[name].default]
+    return {**config, _DEFAULTS_KEY: still}
 
 
 class SpeeDSchedulerMixin:
@@ -58,6 +81,10 @@ class SpeeDSchedulerMixin:
             InputError: A `speed_` key is unknown, which diffusers would leave out; or a value is outside its range.
         """
         _check_keys({**(config if isinstance(config, Mapping) else {}), **kwargs})
+        if isinstance(config, Mapping) and _DEFAULTS_KEY in config:
+            # Another class may have another default noise schedule, and LCM's is not DDPM's.
+            left_out = [name for name in config[_DEFAULTS_KEY] if name not in (*SCHEDULE_KEYS, "shift")]
+            config = {**config, _DEFAULTS_KEY: left_out}
         return cast(Any, super()).from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -77,18 +104,24 @@ class SpeeDSchedulerMixin:
 
     @property
     def speed_strategy(self) -> SpeeDStrategy:
-        """What draws and weighs, built on first use and again when the config's `prediction_type` has changed.
+        """What draws and weighs, made on first use, and again when `register_to_config` has changed what it is of.
 
-        Some trainers set that type with `register_to_config` after the scheduler was made; weightings by SNR depend on
-        it. What was learned is then forgotten, for it was learned from other errors.
+        Some trainers set the `prediction_type` so after the scheduler was made; weightings by SNR depend on it. What
+        was learned is then forgotten, for it was learned from other errors.
 
         Raises:
-            InputError: A `speed_` value is outside its range or names nothing, or the host cannot be read.
+            InputError: A `speed_` key is unknown, a value outside its range or names nothing, or the host cannot be
+                read.
         """
-        strategy = self.__dict__.get("_speed_strategy")
-        if strategy is None or strategy.options.prediction_type != self._speed_prediction_type:
-            strategy = SpeeDStrategy(ForwardProcess.from_scheduler(cast(Any, self)), self._speed_options())
-            self._speed_strategy = strategy
+        strategy, config = self.__dict__.get("_speed_strategy"), cast(Any, self).config
+        # A change puts another config in the place of the one before.
+        if strategy is None or self.__dict__.get("_speed_config") is not config:
+            _check_keys(config)
+            options = self._speed_options()
+            if strategy is None or strategy.options != options:
+                strategy = SpeeDStrategy(ForwardProcess.from_scheduler(cast(Any, self)), options)
+                self._speed_strategy = strategy
+            self._speed_config = config
         return cast(SpeeDStrategy, strategy)
 
     @property
@@ -206,7 +239,8 @@ class SpeeDSchedulerMixin:
     def to_inference(self) -> SchedulerMixin:
         """The host scheduler without SpeeD, same schedule: what an exported pipeline carries."""
         host = self._host()
-        config = {key: value for key, value in cast(Any, self).config.items() if not key.startswith(PREFIX)}
+        own = whole_config(cast(SchedulerMixin, self))
+        config = {key: value for key, value in own.items() if not key.startswith(PREFIX)}
         return cast(SchedulerMixin, cast(Any, host).from_config(config))
 
     @property

@@ -26,9 +26,10 @@ def fit_label_table(
     """Puts the rows of a transformer's label table where the training looks for the classes of its data.
 
     Where both sides name their classes, a class begins with the row of the pretrained class of its name, and one that
-    the pretrained model does not know begins as "no class", with a warning. Where one of them names none, classes keep
-    their numbers, and numbers that are new begin as "no class". "No class" becomes row 1000, and the table grows if it
-    has no such row or too few. A table that is already as it must be stays the very same.
+    the pretrained model does not know begins as "no class", with a warning. Where one of them names none, or has but
+    their numbers for names, classes keep their numbers, and numbers that are new begin as "no class". "No class"
+    becomes row 1000, and the table grows if it has no such row or too few. A table that is already as it must be stays
+    the very same.
 
     Args:
         transformer: Changed in place: the tables of all its blocks, and `num_embeds_ada_norm` in its config.
@@ -44,7 +45,7 @@ def fit_label_table(
     sources = torch.full((num_rows,), null_row)
     known = torch.arange(num_known)
     sources[label_to_embedding_row(known)] = known + (known >= null_row)
-    if label_names and pretrained_names:
+    if label_names and pretrained_names and _are_numbers(label_names) == _are_numbers_of_rows(pretrained_names):
         _find_by_name(sources, label_names, pretrained_names, null_row)
     if torch.equal(sources, torch.arange(num_known + 1)):
         return
@@ -54,6 +55,15 @@ def fit_label_table(
         table: Tensor = embedder.embedding_table.weight
         embedder.embedding_table = nn.Embedding.from_pretrained(table[sources], freeze=False)
         embedder.num_classes = num_rows - 1
+
+
+def _are_numbers(label_names: Sequence[str]) -> bool:
+    """Whether names are what data with plain integers for labels are given."""
+    return all(name == str(number) for number, name in enumerate(label_names))
+
+
+def _are_numbers_of_rows(pretrained_names: Mapping[int, str]) -> bool:
+    return all(name == str(row - (row > NULL_CLASS)) for row, name in pretrained_names.items())
 
 
 def _find_by_name(

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import PartialState
@@ -13,7 +15,7 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration
 from diffusers import AutoencoderKL
 
 from ..data.batch_sampler import BatchLayout
-from ..data.images import ImageRows, open_images
+from ..data.images import ImageRows, ImageSource, open_images
 from ..data.latents import check_resolution
 from ..data.local import can_be_streamed
 from ..data.streaming import open_stream
@@ -100,17 +102,39 @@ def open_held_out(config: TrainConfig, source: ImageRows) -> ImageRows | None:
         cache_dir=config.cache_dir,
         revision=config.dataset_revision if data_dir is None else None,
     )
-    if held_out.label_names != source.label_names:
+    options = f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}"
+    numbered = with_classes_of(source, held_out, options)
+    if numbered.signature() == source.signature():
         raise InputError(
-            f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}: its "
-            f"{held_out.num_classes} classes are not, in this order, the {source.num_classes} of the training."
+            f"{options}: these are the training images again, so nothing is held out; give others, or None for both."
         )
-    if held_out.signature() == source.signature():
-        raise InputError(
-            f"validation_data_dir={config.validation_data_dir} validation_split={config.validation_split}: these are "
-            "the training images again, so nothing is held out; give others, or None for both."
-        )
-    return held_out
+    return numbered
+
+
+def with_classes_of(source: ImageRows, held_out: ImageRows, options: str) -> ImageRows:
+    """Held-out images with the class ids of the training, of which they need not have every one.
+
+    Args:
+        source: The training images.
+        held_out: Numbered by themselves.
+        options: Beginning of an error.
+
+    Raises:
+        InputError: Their classes are not among those of the training.
+    """
+    theirs, ours = held_out.label_names, source.label_names
+    if theirs == ours:
+        return held_out
+    if theirs and ours:
+        if theirs == ours[: len(theirs)]:
+            return held_out  # numbered alike, as integers are
+        if isinstance(held_out, ImageSource) and not set(theirs) - set(ours) and len(set(ours)) == len(ours):
+            ids = np.array([ours.index(name) for name in theirs])
+            return replace(held_out, labels=ids[held_out.labels], label_names=ours)
+    raise InputError(
+        f"{options}: its {held_out.num_classes} classes are not, in this order, the {source.num_classes} of the "
+        "training."
+    )
 
 
 ONLY_DIFFUSION = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "variance_type")

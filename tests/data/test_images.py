@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -382,3 +383,27 @@ def test_few_of_many_images_are_those_of_the_whole_set_and_no_other_is_looked_up
         assert all((few.load(row, 8) == whole.load(row, 8)).all() for row in range(9))
     part = open_images(train_data_dir=str(tmp_path / "images"), max_train_samples=5, split="train[:50%]")
     assert len(part) == 5 and part.labels.max() <= 1, "slices are opened whole"
+
+
+def test_other_columns_are_not_read_with_the_images() -> None:
+    """A mask beside each image, damaged at that, a path column as pandas 3 writes it, and text."""
+    masks = [{"bytes": b"no image", "path": None}] * 4
+    features = {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("int64")}
+    columns = {"image": list(image_rows(4)), "mask": masks, "label": [0, 1, 0, 1]}
+    source = from_dataset(datasets.Dataset.from_dict(columns, features=datasets.Features(features)))
+    assert source.load(3, 8).shape == (8, 8, 3) and source.labels.tolist() == [0, 1, 0, 1]
+    (batch,) = torch.utils.data.DataLoader(
+        ImageDataset(source, resolution=8), batch_sampler=[[0, 1, 2, 3]], collate_fn=collate
+    )
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+
+
+def test_paths_may_be_large_strings(tmp_path: Path) -> None:
+    paths = []
+    for index in range(3):
+        paths.append(str(tmp_path / f"{index}.png"))
+        noise_image(8, 8, index).save(paths[-1])
+    table = pa.table({"image": pa.array(paths, pa.large_string()), "label": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = open_images(train_data_dir=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert source.load(2, 8).shape == (8, 8, 3)

@@ -9,11 +9,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from speed_diffusers import PRESETS, InputError, SpeeDDDIMScheduler, SpeeDDDPMScheduler, SpeeDSchedulerMixin
+from speed_diffusers.functional import speed_tables
+from speed_diffusers.schedulers import speed_scheduler
 from speed_diffusers.settings import SPEED_DEFAULTS
 
 HOSTS = [(SpeeDDDPMScheduler, DDPMScheduler), (SpeeDDDIMScheduler, DDIMScheduler)]
@@ -135,7 +137,7 @@ def test_every_parameter_reaches_the_parent(ours: type, parent: type) -> None:
 
 
 def test_default_is_the_papers_preset() -> None:
-    assert PRESETS["paper"] == PAPER
+    assert PRESETS["paper"] == PAPER | {"speed_draw": "independent"}
     config = SpeeDDDPMScheduler(**PRESETS["paper"]).config
     assert {key: config[key] for key in SPEED_DEFAULTS} == SPEED_DEFAULTS
 
@@ -269,3 +271,59 @@ def test_a_foreign_host_draws_and_weighs_alike() -> None:
     assert torch.equal(timesteps, reference.sample_timesteps(256, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(solver.loss_weights(timesteps), reference.loss_weights(timesteps))
     assert solver.speed_areas.convergence == range(321, 500)
+
+
+@pytest.mark.parametrize("ours", [SpeeDDDPMScheduler, SpeeDDDIMScheduler])
+def test_what_register_to_config_has_changed_is_exported_and_converted(ours: type) -> None:
+    """Diffusers drops what was a default when the scheduler was made."""
+    scheduler = ours()
+    scheduler.register_to_config(prediction_type="v_prediction", clip_sample=False)
+    for made in (
+        scheduler.to_inference(),
+        speed_scheduler(scheduler, speed_k=3.0),
+        ours.from_config(scheduler.config),
+    ):
+        assert made.config.prediction_type == "v_prediction", type(made)
+    assert scheduler.to_inference().config.clip_sample is False
+    late = DDPMScheduler()
+    late.register_to_config(prediction_type="v_prediction")
+    steps = torch.tensor([0, 500, 900])
+    weights = speed_scheduler(late, speed_weighting="min_snr").loss_weights(steps)
+    asked = SpeeDDDPMScheduler(prediction_type="v_prediction", speed_weighting="min_snr").loss_weights(steps)
+    assert torch.equal(weights, asked)
+
+
+def test_another_class_has_another_default_schedule() -> None:
+    host = LCMScheduler()
+    taken = SpeeDDDPMScheduler.from_config(host.config)
+    assert torch.equal(taken.alphas_cumprod, host.alphas_cumprod)
+
+
+def test_options_that_register_to_config_changes_take_effect() -> None:
+    scheduler = SpeeDDDPMScheduler()
+    made = scheduler.speed_strategy
+    scheduler.register_to_config(clip_sample=False)
+    assert scheduler.speed_strategy is made, "nothing that it depends on"
+    scheduler.register_to_config(speed_sampling="uniform", speed_weighting="none")
+    assert torch.equal(scheduler.loss_weights(torch.arange(3)), torch.ones(3))
+    scheduler.register_to_config(speed_samplng="uniform")
+    with pytest.raises(InputError, match="Did you mean 'speed_sampling'"):
+        scheduler.sample_timesteps(1)
+
+
+def test_uniform_over_any_config_is_the_plain_loop() -> None:
+    for before in (PRESETS["official"], PRESETS["fast"], {"speed_anneal_start": 0.5, "speed_normalize_weights": True}):
+        config = SpeeDDDPMScheduler(**before).config
+        scheduler = SpeeDDDPMScheduler.from_config(config, **PRESETS["uniform"])
+        drawn = scheduler.sample_timesteps(64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(drawn, torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(0)))
+        assert torch.equal(scheduler.loss_weights(drawn), torch.ones(64))
+
+
+@pytest.mark.parametrize("option", ["sampling", "weighting"])
+@pytest.mark.parametrize("length", [500, 999, 1200])
+def test_functions_of_another_length_are_refused(option: str, length: int) -> None:
+    with pytest.raises(
+        InputError, match=rf"^speed_{option}=.* gives numbers of shape \({length},\); must be \(1000,\)"
+    ):
+        speed_tables(num_train_timesteps=1000, **{option: lambda process, settings: torch.ones(length)})  # type: ignore[arg-type]

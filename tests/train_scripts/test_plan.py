@@ -200,7 +200,7 @@ def test_a_strategy_named_by_its_parts_takes_the_schedulers_numbers() -> None:
     assert own_name(scheduler) == "asymmetric+change_aware" and own_name(SpeeDDDPMScheduler()) == "paper"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["official"])) == "official"
     assert own_name(SpeeDDDPMScheduler(**PRESETS["uniform"], speed_k=2.0)) == "uniform"
-    pairs = SpeeDDDPMScheduler(**PRESETS["uniform"], speed_draw="paired")
+    pairs = SpeeDDDPMScheduler(**{**PRESETS["uniform"], "speed_draw": "paired"})
     assert own_name(pairs) == "uniform+none+paired"
     assert [tables.draw for tables in strategy_tables(pairs, []).values()] == ["paired", "independent"]
 

@@ -69,6 +69,18 @@ def test_classes_are_found_by_name_and_new_ones_are_told(caplog: pytest.LogCaptu
     assert sources(fitted(1000, 10, names, {row: name for row, name in enumerate(names)})) == [*range(1001)]
 
 
+def test_numbers_are_no_names() -> None:
+    """Data with integers for labels names them "0", "1", ...: fine-tuned on them, a model keeps its classes."""
+    numbers, named = ["0", "1", "2"], {0: "cat", 1: "dog", 2: "eel"}
+    assert sources(fitted(1000, 3, numbers, named)) == [*range(1001)]
+    assert sources(fitted(1000, 3, list(named.values()), dict(enumerate(numbers)))) == [*range(1001)]
+    assert sources(fitted(1000, 3, numbers, dict(enumerate(numbers)))) == [*range(1001)]
+    # Folders of digits are in the order of their names, so that these do tell something.
+    folders = {0: "0", 1: "1", 2: "10", 3: "2"}
+    assert sources(fitted(1000, 4, ["0", "1", "2", "3"], folders))[:4] == [0, 1, 2, 3]
+    assert sources(fitted(1000, 3, ["0", "10", "2"], folders))[:3] == [0, 2, 3]
+
+
 def test_a_table_that_is_right_already_stays_the_same_object() -> None:
     model = transformer(rows=1000)
     before = tables(model)

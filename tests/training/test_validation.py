@@ -6,16 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from small_images import image_dataset
 from speed_diffusers import SpeeDDDPMScheduler, SpeeDFlowMatchEulerDiscreteScheduler
 from speed_diffusers.assets import EMBEDDED_HELD_OUT_IMAGES
-from speed_diffusers.data.images import open_images
+from speed_diffusers.data.images import from_dataset, open_images
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation.pretrained import load_pipeline, load_vae
+from speed_diffusers.training.parts import with_classes_of
 from speed_diffusers.training.snapshots import check_weights, put_weights, run_places
 from speed_diffusers.training.validation import LOG_SNR_LEVELS, ValidationSet, validation_loss
 
@@ -134,3 +137,17 @@ def test_a_run_measures_it_and_resumes(train: Callable[..., Path], tmp_path: Pat
         train(tmp_path / "other", f"validation_data_dir={EMBEDDED_HELD_OUT_IMAGES}")
     with pytest.raises(InputError, match="these are the training images again, so nothing is held out"):
         train(tmp_path / "other", "validation_split=train")
+
+
+def test_held_out_images_need_not_have_every_class() -> None:
+    numbers, texts = ("0", "1", "2", "3"), ("cat", "dog", "eel", "fox")
+    train = from_dataset(image_dataset([0, 1, 2, 3], count=4))
+    part = with_classes_of(train, from_dataset(image_dataset([2, 0], count=2)), "validation_split=test")
+    assert train.label_names == [*numbers] and part.labels_of([0, 1]).tolist() == [2, 0]
+    text = datasets.Value("string")
+    train = from_dataset(image_dataset([*texts], text, count=4))
+    part = with_classes_of(train, from_dataset(image_dataset(["fox", "dog"], text, count=2)), "validation_split=test")
+    assert part.labels_of([0, 1]).tolist() == [3, 1] and part.label_names == [*texts]
+    for others, feature in (([5, 0], None), (["cow", "dog"], text)):
+        with pytest.raises(InputError, match=r"^validation_split=test: its \d classes are not"):
+            with_classes_of(train, from_dataset(image_dataset(others, feature, count=2)), "validation_split=test")
