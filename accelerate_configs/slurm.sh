@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Data parallel on several machines of a cluster under SLURM, one process a GPU. Before the time limit the state is saved
 # and the job queued again; it resumes where it stopped, until the training is done.
-#   sbatch accelerate_configs/slurm.sh config=imagenet_256/dit_xl2 output_dir=/shared/runs/dit_xl2
+#   sbatch accelerate_configs/slurm.sh config=imagenet_256/dit_xl2 train_batch_size=16 output_dir=/shared/runs/dit_xl2
+# The 256 images of a step are 32 on each of 8 GPUs, and 16 on each of these 16.
 # All machines must see output_dir; cache_dir may be each machine's own. Numbers of your cluster go here or to sbatch.
 #SBATCH --job-name=speed
 #SBATCH --nodes=2

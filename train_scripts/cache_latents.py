@@ -1,11 +1,11 @@
 r"""Encodes the training images' latents before a training, on as many processes and machines as there are.
 
-    python train_scripts/cache_latents.py config=imagenet_256/dit_xl2 train_data_dir=imagenet/train
+    python train_scripts/cache_latents.py config=imagenet_256/dit_xl2 dataset_name=None train_data_dir=imagenet/train
 
 On the GPUs of a machine, and on several machines, each with the same command, where cache_dir is a folder of all:
 
     torchrun --nproc_per_node 8 train_scripts/cache_latents.py config=imagenet_256/dit_xl2 \
-        train_data_dir=/shared/imagenet/train cache_dir=/shared/cache
+        dataset_name=None train_data_dir=/shared/imagenet/train cache_dir=/shared/cache
 
 Takes every option of train_dit_speed.py, so that a training's own command finds what this has made; it reads those of
 the data, of the autoencoder and of precision. The training encodes by itself what is missing. Every row that is there

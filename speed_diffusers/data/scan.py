@@ -9,8 +9,8 @@ from pathlib import Path
 from ..errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx")
-    + (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+    (".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg")
+    + (".jpx", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp")
 )
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SYSTEM_FOLDERS = frozenset(

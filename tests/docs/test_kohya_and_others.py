@@ -49,7 +49,7 @@ def test_there_is_a_section_for_each_trainer_with_its_commit() -> None:
         ("Nerogar/OneTrainer", "23df383"),
         ("ostris/ai-toolkit", "27a03a9"),
     ]
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 14
 
 
 @pytest.mark.parametrize("v_prediction", [False, True])
@@ -69,8 +69,18 @@ def test_kohyas_scheduler_draws_and_weighs(v_prediction: bool) -> None:
         timesteps=names["timesteps"],
     )["loss"]
     assert torch.equal(loss, made.loss_weights(names["timesteps"]))
+    plain = made.to_inference()
+    assert "timesteps" not in run(block("b_size"), args=args, noise_scheduler=plain, b_size=4, latents=loss)
     args.min_timestep = args.max_timestep = 200
     assert "timesteps" not in run(block("b_size"), args=args, noise_scheduler=made, b_size=4, latents=loss)
+
+
+def test_kohyas_sd3_draws_but_where_it_validates() -> None:
+    given = {"speed": TRAINED["flow"], "bsz": 512, "device": "cpu", "dtype": torch.float32}
+    args = SimpleNamespace(min_timestep=None, max_timestep=None)
+    spread(run(block("speed.sample_timesteps(bsz).to(device=device"), args=args, **given)["timesteps"])
+    args.min_timestep = 200
+    assert "timesteps" not in run(block("speed.sample_timesteps(bsz).to(device=device"), args=args, **given)
 
 
 def test_kohyas_flux_gets_sigmas_of_the_scheduler() -> None:
