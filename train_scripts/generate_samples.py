@@ -233,7 +233,7 @@ def generate_missing(
         total=sum(len(numbers) for _, numbers in todo),
         desc="Images" if state.num_processes == 1 else f"Images of process 1 of {state.num_processes}",
         unit="image",
-        disable=not state.is_main_process or None,  # None leaves it to TQDM_DISABLE
+        **hidden(not state.is_main_process),
     )
     at_once = -(-config.batch_size // image_set.images_per_pass)
     with bar, PngWriter(folder) as writer:
@@ -247,12 +247,17 @@ def generate_missing(
             writer.write(made)
 
 
+def hidden(is_hidden: bool) -> dict[str, Any]:
+    """Options of a progress bar: nothing where it may show, for what is given there TQDM_DISABLE cannot change."""
+    return {"disable": True} if is_hidden else {}
+
+
 def missing_passes(manifest: Manifest, folder: Path, state: PartialState) -> Iterator[tuple[int, set[int]]]:
     """The passes of this process of which something is missing, and the numbers of those images."""
     image_set, world = manifest.image_set, state.num_processes
     passes = list(image_set.passes(manifest.num_images, rank=state.process_index, world=world))
     silent = not state.is_main_process or not any(folder.glob("*.png"))
-    for one_pass in tqdm(passes, desc="Looking at what is there", unit="pass", disable=silent or None):
+    for one_pass in tqdm(passes, desc="Looking at what is there", unit="pass", **hidden(silent)):
         numbers = [number for number in image_set.numbers_of(one_pass) if number < manifest.num_images]
         if missing := missing_numbers(folder, numbers, image_set.resolution):
             yield one_pass, set(missing)
