@@ -38,7 +38,7 @@ TASK = "unconditional-image-generation"
 HUB_DATASETS = {EMBEDDED: "zalando-datasets/fashion_mnist"}
 """Ids of embedded data on the Hub."""
 
-EFFECTIVE = ("train_batch_size", "gradient_accumulation_steps")
+EFFECTIVE = ("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "compile_backend")
 """Options that may differ in a resumed run, but are a part of the recipe."""
 
 TAGS = ("diffusers", "diffusers-training", "dit", "speed-diffusers")

@@ -82,8 +82,9 @@ class SpeeDSchedulerMixin:
         """
         _check_keys({**(config if isinstance(config, Mapping) else {}), **kwargs})
         if isinstance(config, Mapping) and _DEFAULTS_KEY in config:
-            # Another class may have another default noise schedule, and LCM's is not DDPM's.
-            left_out = [name for name in config[_DEFAULTS_KEY] if name not in (*SCHEDULE_KEYS, "shift")]
+            # Another class may have another default noise schedule: LCM's is not DDPM's. SpeeD's options are those of all.
+            kept = {*SCHEDULE_KEYS, "shift", *SPEED_KEYS}
+            left_out = [name for name in config[_DEFAULTS_KEY] if name not in kept]
             config = {**config, _DEFAULTS_KEY: left_out}
         return cast(Any, super()).from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

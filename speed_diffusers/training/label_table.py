@@ -45,7 +45,7 @@ def fit_label_table(
     sources = torch.full((num_rows,), null_row)
     known = torch.arange(num_known)
     sources[label_to_embedding_row(known)] = known + (known >= null_row)
-    if label_names and pretrained_names and _are_numbers(label_names) == _are_numbers_of_rows(pretrained_names):
+    if label_names and pretrained_names and _both_name(label_names, pretrained_names):
         _find_by_name(sources, label_names, pretrained_names, null_row)
     if torch.equal(sources, torch.arange(num_known + 1)):
         return
@@ -57,13 +57,14 @@ def fit_label_table(
         embedder.num_classes = num_rows - 1
 
 
-def _are_numbers(label_names: Sequence[str]) -> bool:
-    """Whether names are what data with plain integers for labels are given."""
-    return all(name == str(number) for number, name in enumerate(label_names))
+def _both_name(label_names: Sequence[str], pretrained_names: Mapping[int, str]) -> bool:
+    """Whether names of both sides mean something: data with plain integers for labels have their numbers for names.
 
-
-def _are_numbers_of_rows(pretrained_names: Mapping[int, str]) -> bool:
-    return all(name == str(row - (row > NULL_CLASS)) for row, name in pretrained_names.items())
+    Folders of digits lie in the order of their names, so there a name is more than a number where both sides know it.
+    """
+    ours = all(name == str(number) for number, name in enumerate(label_names))
+    theirs = all(name == str(row - (row > NULL_CLASS)) for row, name in pretrained_names.items())
+    return ours == theirs or set(label_names) <= set(pretrained_names.values())
 
 
 def _find_by_name(

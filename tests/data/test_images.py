@@ -386,7 +386,7 @@ def test_few_of_many_images_are_those_of_the_whole_set_and_no_other_is_looked_up
 
 
 def test_other_columns_are_not_read_with_the_images() -> None:
-    """A mask beside each image, damaged at that, a path column as pandas 3 writes it, and text."""
+    """A mask beside each image, damaged at that."""
     masks = [{"bytes": b"no image", "path": None}] * 4
     features = {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("int64")}
     columns = {"image": list(image_rows(4)), "mask": masks, "label": [0, 1, 0, 1]}
@@ -399,6 +399,7 @@ def test_other_columns_are_not_read_with_the_images() -> None:
 
 
 def test_paths_may_be_large_strings(tmp_path: Path) -> None:
+    """As pandas 3 writes them."""
     paths = []
     for index in range(3):
         paths.append(str(tmp_path / f"{index}.png"))

@@ -160,6 +160,9 @@ def test_the_recipe_trains_the_same_again(run: Path, release: Release) -> None:
     assert {name: getattr(again, name) for name in bound} == {name: getattr(trained, name) for name in bound}
     assert again.train_batch_size == trained.train_batch_size
     local = replace(release.facts, record=replace(release.facts.record, dataset=None))
+    large = replace(trained, gradient_checkpointing=1.0, compile=True, compile_backend="aot_eager")
+    words = shlex.split(recipe(release.facts, large).replace("\\\n", ""))
+    assert {"gradient_checkpointing=1", "compile=true", "compile_backend=aot_eager"} <= set(words)
     words = recipe(local, replace(trained, dataset_name=None))
     assert "train_data_dir=path/to/images" in words and "dataset_name" not in words
 

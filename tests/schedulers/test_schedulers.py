@@ -306,6 +306,8 @@ def test_options_that_register_to_config_changes_take_effect() -> None:
     assert scheduler.speed_strategy is made, "nothing that it depends on"
     scheduler.register_to_config(speed_sampling="uniform", speed_weighting="none")
     assert torch.equal(scheduler.loss_weights(torch.arange(3)), torch.ones(3))
+    again = SpeeDDDPMScheduler.from_config(scheduler.config)
+    assert (again.config.speed_sampling, again.config.speed_weighting) == ("uniform", "none")
     scheduler.register_to_config(speed_samplng="uniform")
     with pytest.raises(InputError, match="Did you mean 'speed_sampling'"):
         scheduler.sample_timesteps(1)

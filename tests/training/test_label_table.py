@@ -79,6 +79,9 @@ def test_numbers_are_no_names() -> None:
     folders = {0: "0", 1: "1", 2: "10", 3: "2"}
     assert sources(fitted(1000, 4, ["0", "1", "2", "3"], folders))[:4] == [0, 1, 2, 3]
     assert sources(fitted(1000, 3, ["0", "10", "2"], folders))[:3] == [0, 2, 3]
+    integers = {number: str(number) for number in range(20)}
+    assert sources(fitted(1000, 20, sorted(integers.values()), integers))[:4] == [0, 1, 10, 11]
+    assert sources(fitted(1000, 3, numbers, dict(enumerate(sorted(integers.values())))))[:3] == [0, 1, 12]
 
 
 def test_a_table_that_is_right_already_stays_the_same_object() -> None:
