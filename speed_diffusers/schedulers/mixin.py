@@ -82,7 +82,7 @@ class SpeeDSchedulerMixin:
         """
         _check_keys({**(config if isinstance(config, Mapping) else {}), **kwargs})
         if isinstance(config, Mapping) and _DEFAULTS_KEY in config:
-            # Another class may have another default noise schedule: LCM's is not DDPM's. SpeeD's options are those of all.
+            # Another class may have another default noise schedule: LCM's is not DDPM's. SpeeD's are alike.
             kept = {*SCHEDULE_KEYS, "shift", *SPEED_KEYS}
             left_out = [name for name in config[_DEFAULTS_KEY] if name not in kept]
             config = {**config, _DEFAULTS_KEY: left_out}
