@@ -68,8 +68,8 @@ def timesteps_tab(app: gr.Blocks) -> None:
             )
             with gr.Accordion("One of your own", open=False):
                 own = gr.Checkbox(False, label="Show it")
-                density, density_values = _choice(DENSITIES, "asymmetric", "Density")
-                weighting, weighting_values = _choice(WEIGHTINGS, "change_aware", "Loss weight")
+                density, density_values, density_chosen = _choice(DENSITIES, "asymmetric", "Density", own)
+                weighting, weighting_values, weighting_chosen = _choice(WEIGHTINGS, "change_aware", "Loss weight", own)
                 draw = gr.Dropdown(list(DRAWS), value="independent", label="Draws of a batch")
                 k = gr.Slider(1, 20, value=5, step=0.5, label="k", buttons=[], info="How much more often before tau")
                 r = gr.Slider(2, 1000, value=145, step=1, label="r", buttons=[], info="tau: 1/r of the signal is left")
@@ -96,10 +96,12 @@ def timesteps_tab(app: gr.Blocks) -> None:
     inputs = [schedule, steps, shift, prediction, zero_snr, names, own, density, density_values, weighting]
     inputs += [weighting_values, draw, k, r, lambda_, progress, coordinate]
     schedule.input(_fitting_controls, schedule, [shift, prediction, zero_snr], show_progress="hidden")
-    for control in (density, weighting, draw, density_values, weighting_values, k, r, lambda_):
+    for control in (draw, density_values, weighting_values, k, r, lambda_):
         control.input(lambda: True, None, own, show_progress="hidden")
+    # A density or weighting is shown with parameters of its own, not with those of the one chosen before.
+    others = [control.change for control in inputs if control not in (density, weighting)]
     gr.on(
-        [app.load, *(control.change for control in inputs)],
+        [app.load, *others],
         show_strategies,
         inputs,
         [charts, code],
@@ -107,27 +109,32 @@ def timesteps_tab(app: gr.Blocks) -> None:
         trigger_mode="always_last",
         api_name="strategies",
     )
+    for chosen in (density_chosen, weighting_chosen):
+        chosen.then(show_strategies, inputs, [charts, code], show_progress="hidden", api_name=False)
 
 
-def _choice(registry: Registry[Any], value: str, label: str) -> tuple[gr.Dropdown, gr.Textbox]:
-    """A registered name, and a field for its parameters that says what they are."""
+def _choice(
+    registry: Registry[Any], value: str, label: str, own: gr.Checkbox
+) -> tuple[gr.Dropdown, gr.Textbox, gr.events.Dependency]:
+    """A registered name, a field for its parameters that says what they are, and when a choice has set both."""
     name = label.split()[-1].lower()
     choice = gr.Dropdown(list(registry), value=value, label=label, info=registry[value].summary, elem_id=name)
     values = gr.Textbox(
         "", label=f"Parameters of the {name}", visible=bool(registry[value].parameters), elem_id=f"{name}-values"
     )
 
-    def describe(name: str) -> tuple[Any, Any]:
+    def describe(name: str) -> tuple[Any, Any, bool]:
         entry = registry[name]
         known = "; ".join(map(str, entry.parameters))
         default = ",".join(f"{each.name}={each.default:g}" for each in entry.parameters)
         return (
             gr.update(info=f"{entry.summary} ({entry.reference})"),
             gr.update(value=default, info=known, visible=bool(entry.parameters)),
+            True,
         )
 
-    choice.input(describe, choice, [choice, values], show_progress="hidden")
-    return choice, values
+    chosen = choice.input(describe, choice, [choice, values, own], show_progress="hidden")
+    return choice, values, chosen
 
 
 def _fitting_controls(schedule: str) -> tuple[Any, Any, Any]:

@@ -157,7 +157,7 @@ def test_strategies_are_shown_live(driver: Any) -> None:
 
     # What changes in training is told how far it is, and what learns is told the errors.
     choose(driver, "#density", "clts")
-    wait_for(driver, f"{CODE}.includes('loss_weights(timesteps, progress=step')")
+    wait_for(driver, f"{CODE}.includes('progress=step')")
     choose(driver, "#density", "infonoise")
     code = wait_for(driver, f"{CODE}.includes('scheduler.update_speed(') && {CODE}")
     assert "progress" not in code
