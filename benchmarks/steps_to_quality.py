@@ -106,6 +106,9 @@ def main(argv: list[str]) -> None:
         InputError: Wrong options, no queue to speak to, or runs that failed.
     """
     config = load_config(QualityConfig, argv, HERE)
+    shortened = [name for name in ("max_train_steps", "num_images") if getattr(config, name) is not None]
+    if shortened and Path(config.results_dir) == RESULTS:
+        raise InputError(f"{shortened[0]}={getattr(config, shortened[0])}: cuts runs short; give a results_dir too.")
     work_dir = Path(config.work_dir).resolve()
     if config.action == "work":
         yield_to_others()

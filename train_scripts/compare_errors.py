@@ -28,7 +28,7 @@ SCRIPT_DIR = Path(__file__).resolve().parent
 class CompareConfig(Options):
     """Options of `compare_errors.py`."""
 
-    runs: list[str] = option([], "Folders of runs, two or more.", path=True)
+    runs: list[str] = option([], "Folders of runs.", path=True)
     output: str = option("errors.png", "PNG file to write.", path=True)
 
 
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     options = load_config(CompareConfig, argv, SCRIPT_DIR)
     if not options.runs:
         raise InputError("runs is empty: give the folders of runs, runs=FOLDER,FOLDER.")
+    if len({Path(run).resolve() for run in options.runs}) < len(options.runs):
+        raise InputError(f"runs={','.join(options.runs)}: one is given twice.")
     output = check_output_file("output", options.output, ".png")
     configs = {run: load_run_config(Path(run)) for run in options.runs}
     first, *others = options.runs

@@ -22,7 +22,7 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import Options, option
 from speed_diffusers.errors import InputError
 from speed_diffusers.files import check_writable
-from speed_diffusers.hub import Destination, check_destination
+from speed_diffusers.hub import Destination, check_destination, check_name
 from speed_diffusers.release import Licences, make_release, push
 
 
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"scores_dir={config.scores_dir}: there is no such folder.")
     destination = Destination(config.hub_model_id, config.private, config.revision)
     licences = Licences(config.license, config.vae_license, config.data_license)
+    check_name(destination)
     if not config.dry_run:
         destination = check_destination(destination)
     with release_folder(config.output_dir) as folder:

@@ -81,6 +81,11 @@ def _schedule(trained: Trained, sampler: str, spacing: str, *, zero_snr_known: b
     config = trained.config
     if trained.is_flow:
         raise InputError(f"sampler={sampler}: the model was trained for flow matching; use euler or heun.")
+    if missing := [key for key in SCHEDULE if key not in config]:
+        raise InputError(
+            f"sampler={sampler}: the pipeline's scheduler has no {missing[0]}, so the noise of the model's training "
+            "is not known; give the pipeline the scheduler of that first."
+        )
     kept = {**{key: config[key] for key in SCHEDULE}, "timestep_spacing": spacing}
     if kept["trained_betas"] is None and kept["beta_schedule"] not in COMMON_BETAS:
         betas = {key: value for key, value in kept.items() if key.startswith(("beta", "num"))}

@@ -102,13 +102,21 @@ def check_destination(destination: Destination) -> Destination:
     return destination if "/" in name else replace(destination, repo_id=f"{owner}/{name}")
 
 
+def check_name(destination: Destination) -> None:
+    """Checks that the Hub could have a model of this name; asks nobody.
+
+    Raises:
+        InputError: It could not.
+    """
+    try:
+        validate_repo_id(destination.repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{destination.in_words}: {hub_line(error, destination.repo_id)}.") from error
+
+
 def _check_here(destination: Destination) -> None:
     """The part of the check that asks nobody."""
-    repo_id = destination.repo_id
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"{destination.in_words}: {hub_line(error, repo_id)}.") from error
+    check_name(destination)
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{destination.in_words}: HF_HUB_OFFLINE is set, so nothing can be uploaded.")
     if get_token() is None:

@@ -208,6 +208,13 @@ def test_there_must_be_a_queue_to_speak_to(tmp_path: Path) -> None:
                 steps_to_quality.main([f"action={action}", f"work_dir={tmp_path}"])
 
 
+@pytest.mark.parametrize("short", ["max_train_steps=2", "num_images=10"])
+def test_runs_that_are_cut_short_do_not_come_among_the_others(short: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{short}: cuts runs short; give a results_dir too"):
+        steps_to_quality.main([short, f"work_dir={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()
+
+
 def test_what_ends_a_queue_ends_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[subprocess.Popen[bytes]] = []
 

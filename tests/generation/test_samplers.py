@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
@@ -136,6 +137,13 @@ def test_unknown_sampler_names_the_nearest() -> None:
 def test_ancestral_euler_says_what_it_lacks() -> None:
     with pytest.raises(InputError, match="euler_ancestral: .*predict the sample; use ddpm"):
         make_sampler("euler_ancestral", gaussian_pipeline(prediction_type="sample"))
+
+
+def test_a_scheduler_without_the_training_noise_is_named() -> None:
+    pipeline = gaussian_pipeline()
+    pipeline.scheduler = EDMEulerScheduler()
+    with pytest.raises(InputError, match="sampler=ddim: the pipeline's scheduler has no beta_start"):
+        make_sampler("ddim", pipeline)
 
 
 def respaced_by_dits_code(steps: int, num_timesteps: int = 1000) -> list[int]:

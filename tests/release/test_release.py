@@ -314,6 +314,8 @@ def test_a_damaged_file_is_named_and_nothing_is_pushed(hub: LoopbackHub, run: Pa
 def test_a_dry_run_asks_the_hub_for_nothing(
     hub: LoopbackHub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(InputError, match="hub_model_id=a b/c: .* is no name of the Hub"):
+        push_to_hub.main([f"model={run}", "hub_model_id=a b/c", "dry_run=true"])
     push_to_hub.main([f"model={run}", "hub_model_id=alice/tiny", f"output_dir={tmp_path / 'release'}", "dry_run=true"])
     said = capsys.readouterr().out
     assert hub.asked == [] and "bytes in 13 files" in said and "Nothing was pushed" in said

@@ -28,6 +28,7 @@ def test_runs_with_different_weights_compare_and_others_do_not(
     for wrong, message in (
         ([], "runs is empty"),
         ([f"runs={tmp_path}"], "is no run"),
+        ([f"runs={speed},{uniform},{speed}"], "one is given twice"),
         ([f"runs={speed}", "output=errors.jpg"], "must be a file that ends in .png"),
     ):
         with pytest.raises(InputError, match=message):
