@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
         raise InputError(f"scores_dir={config.scores_dir}: there is no such folder.")
     destination = Destination(config.hub_model_id, config.private, config.revision)
     licences = Licences(config.license, config.vae_license, config.data_license)
-    check_name(destination)
-    if not config.dry_run:
+    if config.dry_run:
+        check_name(destination)
+    else:
         destination = check_destination(destination)
     with release_folder(config.output_dir) as folder:
         release = make_release(

@@ -104,14 +104,8 @@ def transformer_config_of(name: str) -> dict[str, Any] | None:
     Raises:
         InputError: The file is damaged, or that of another class.
     """
-    folder = _pipeline_folder(name)
-    found = next((place for place in (folder / "transformer", folder) if (place / "config.json").is_file()), None)
-    if found is None:
-        return None
-    config = read_object(found / "config.json")
-    _check_class(DiTTransformer2DModel, "transformer", str(found), config)
-    check_values(found / "config.json", config, arguments_of(DiTTransformer2DModel) | {FREQ_SHIFT: float}, null=True)
-    return config
+    found = _folder_of("transformer", name)
+    return None if found is None else _checked_config(DiTTransformer2DModel, "transformer", found)
 
 
 def sidecar_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -266,18 +260,28 @@ def _problem_on_hub(what: str, name: str, revision: str | None) -> Problem | Non
     return problem
 
 
-def _load_model(model_class: type[M], component: str, name: str, revision: str | None, problem: Problem | None) -> Any:
+def _folder_of(component: str, name: str) -> Path | None:
+    """The folder on this disk that holds a component's config, alone or in a pipeline; None: there is none."""
     folder = _pipeline_folder(name)
-    places = [folder / component, folder]
-    local = next((place for place in places if (place / "config.json").is_file()), None)
-    if local is None and folder.exists():
+    return next((place for place in (folder / component, folder) if (place / "config.json").is_file()), None)
+
+
+def _types_of(model_class: type) -> dict[str, Any]:
+    return arguments_of(model_class) | {FREQ_SHIFT: float}
+
+
+def _checked_config(model_class: type, component: str, folder: Path) -> dict[str, Any]:
+    config = read_object(folder / "config.json")
+    _check_class(model_class, component, str(folder), config)
+    check_values(folder / "config.json", config, _types_of(model_class), null=True)
+    return config
+
+
+def _load_model(model_class: type[M], component: str, name: str, revision: str | None, problem: Problem | None) -> Any:
+    local = _folder_of(component, name)
+    if local is None and _pipeline_folder(name).exists():
         raise InputError(f"The folder {name} holds no {component} (no config.json in it or in {component}/).")
-    path = None if local is None else local / "config.json"
-    config = {} if path is None else read_object(path)
-    types = arguments_of(model_class) | {FREQ_SHIFT: float}
-    if path is not None:
-        _check_class(model_class, component, str(local), config)
-        check_values(path, config, types, null=True)
+    config = {} if local is None else _checked_config(model_class, component, local)
     options: dict[str, Any] = {"output_loading_info": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         if local is not None:
@@ -288,8 +292,8 @@ def _load_model(model_class: type[M], component: str, name: str, revision: str |
     except InputError:
         raise
     except Exception as error:  # whatever diffusers makes of a config or of weights that do not fit
-        if path is not None:
-            check_values(path, config, types)
+        if local is not None:
+            check_values(local / "config.json", config, _types_of(model_class))
         raise _not_loaded(component, name, error, problem) from error
     if info["missing_keys"]:
         raise InputError(

@@ -132,8 +132,8 @@ def with_classes_of(source: ImageRows, held_out: ImageRows, options: str) -> Ima
             ids = np.array([ours.index(name) for name in theirs])
             return replace(held_out, labels=ids[held_out.labels], label_names=ours)
     raise InputError(
-        f"{options}: its {held_out.num_classes} classes are not, in this order, the {source.num_classes} of the "
-        "training."
+        f"{options}: its {held_out.num_classes} classes are not all among the {source.num_classes} of the training, "
+        "or are streamed in another order."
     )
 
 
