@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InputError
 from .bad_images import BadImages
 from .images import ImageSource
-from .latents_encoding import VERIFIED_AT_ONCE, Encoding, survey, write_header
+from .latents_encoding import VERIFIED_AT_ONCE, Encoding, remove_locks, survey, write_header
 from .latents_shard import HEADER_FILE, MAX_SHARDS, CacheHeader, DamagedShard, Shard, read_at, rows_per_shard
 from .moments import check_resolution, sample_latents, vae_factor, vae_fingerprint
 
@@ -256,8 +256,9 @@ def cache_latents(
     header = _as_divided_before(folder, header)
     verify = verify or sum(map(header.bytes_of, range(header.num_shards))) <= VERIFIED_AT_ONCE
     try:
-        # Without writing anything, so that a finished cache can lie on a read-only disk.
+        # Without having to write anything, so that a finished cache can lie on a read-only disk.
         wrong, bad = survey(folder, header, verify=verify)
+        remove_locks(folder, header, (index for index in range(header.num_shards) if index not in wrong))
         bad_images.add(bad)
         if wrong or not (folder / HEADER_FILE).exists():
             if rank == 0 and not folder.exists():

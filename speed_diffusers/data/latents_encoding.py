@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,6 +109,24 @@ def survey(
     return wrong, [image for look in found.values() if not isinstance(look, str) for image in look]
 
 
+def remove_locks(folder: Path, header: CacheHeader, whole: Iterable[int]) -> None:
+    """Removes the locks of processes that were killed when they had finished a shard, unless the disk is read-only.
+
+    Args:
+        folder: Of the cache.
+        header: Of the cache.
+        whole: Numbers of the shards that were found whole. The lock of another keeps two processes from replacing it.
+    """
+    there = {path.name for suffix in ("lock", "holder") for path in folder.glob(f"*.{suffix}")}
+    for index in whole:
+        lock_file, holder_file = (_beside(folder, index, suffix) for suffix in ("lock", "holder"))
+        if there.isdisjoint((lock_file.name, holder_file.name)):
+            continue
+        with suppress(OSError), _lock(lock_file) as held:
+            if held is not False:
+                _remove_lock(lock_file, holder_file)
+
+
 @dataclass
 class Encoding:
     """The work on one cache.
@@ -140,7 +158,7 @@ class Encoding:
     def remove_damaged(self, damaged: dict[int, str]) -> None:
         """Removes shards that were found damaged, unless another process has replaced them, and names each."""
         for index, reason in damaged.items():
-            with _lock(self._beside(index, "lock"), wait=True):
+            with _lock(_beside(self.folder, index, "lock"), wait=True):
                 again, _ = survey(self.folder, self.header, verify=True, indices=[index])
                 if again.get(index):
                     logger.warning("%s It alone is encoded again.", reason)
@@ -197,12 +215,9 @@ class Encoding:
     def _holder(self, index: int) -> str:
         """Who encodes a shard, as it has said itself."""
         try:
-            return self._beside(index, "holder").read_text(encoding="utf-8") or "another process"
+            return _beside(self.folder, index, "holder").read_text(encoding="utf-8") or "another process"
         except FileNotFoundError:
             return "another process"
-
-    def _beside(self, index: int, suffix: str) -> Path:
-        return (self.folder / shard_name(index)).with_suffix(f".{suffix}")
 
     def _try(self, index: int, threads: ThreadPoolExecutor, progress: "_Progress", *, without_lock: bool) -> bool:
         """Encodes a shard unless it is there; False if another process is at it."""
@@ -213,7 +228,7 @@ class Encoding:
             logger.warning("'%s' does not come from %s; encoding it here too.", path.name, self._holder(index))
             self._encode_shard(index, threads, progress)
             return True
-        lock_file, holder_file = self._beside(index, "lock"), self._beside(index, "holder")
+        lock_file, holder_file = (_beside(self.folder, index, suffix) for suffix in ("lock", "holder"))
         with _lock(lock_file) as held:
             if held is False:
                 return False
@@ -222,10 +237,7 @@ class Encoding:
                 if held:
                     remove_unfinished(self.folder, path.name)
                 self._encode_shard(index, threads, progress)
-            # Whoever waits for the lock of this file looks at the shard before doing anything.
-            for file in (holder_file, lock_file):
-                with suppress(OSError):  # Windows removes nothing that is open
-                    file.unlink()
+            _remove_lock(lock_file, holder_file)
         return True
 
     def _encode_shard(self, index: int, threads: ThreadPoolExecutor, progress: "_Progress") -> None:
@@ -318,6 +330,17 @@ class _Progress:
         header = self.encoding.header
         finished = sum(len(header.rows_of(index)) for index in self.missing if shard_name(index) in there)
         self.bar.update(min(self.before + finished + self.own_rows, self.num_rows) - self.bar.n)
+
+
+def _beside(folder: Path, index: int, suffix: str) -> Path:
+    return (folder / shard_name(index)).with_suffix(f".{suffix}")
+
+
+def _remove_lock(lock_file: Path, holder_file: Path) -> None:
+    """Removes the lock of a shard that is there; whoever waits for it looks at the shard before doing anything."""
+    for file in (holder_file, lock_file):
+        with suppress(OSError):  # Windows removes nothing that is open
+            file.unlink()
 
 
 @contextmanager

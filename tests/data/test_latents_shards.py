@@ -188,6 +188,17 @@ def test_kills_at_random_moments_lose_nothing(
     assert shards_in(tmp_path / "cache") == SHARDS
 
 
+def test_locks_left_beside_whole_shards_are_removed_unless_held(make: Callable[..., LatentDataset]) -> None:
+    folder = make().folder
+    for name in ("shard-00000.lock", "shard-00000.holder", "shard-00001.lock", "shard-00002.holder"):
+        (folder / name).write_text("process 7 on node3")
+    with FileLock(folder / "shard-00001.lock"):
+        make()
+        assert shards_in(folder) == sorted([*SHARDS, "shard-00001.lock"])
+    make()
+    assert shards_in(folder) == SHARDS
+
+
 def cut(content: bytearray, length: float) -> None:
     del content[int(length * len(content)) :]
 
