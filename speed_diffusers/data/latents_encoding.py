@@ -60,7 +60,9 @@ def write_header(folder: Path, header: CacheHeader) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    with _lock(folder / "header.lock", wait=True):
+    with _lock(folder / "header.lock", wait=True) as held:
+        if held:
+            remove_unfinished(folder, HEADER_FILE)
         try:
             found = CacheHeader.from_json((folder / HEADER_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -268,8 +268,9 @@ def test_missing_shard_and_header_alone_are_made_again(
     assert contents(make().folder) == whole
     assert identities(latents.folder).items() > {name: before[name] for name in SHARDS if name != SHARDS[3]}.items()
     assert caplog.messages == [f"'{latents.folder / 'header.json'}' is damaged; writing it again."]
-    (latents.folder / "header.json").unlink()
+    (latents.folder / "header.json").rename(latents.folder / ".tmp-header.json-7")
     assert contents(make().folder) == whole
+    assert shards_in(latents.folder) == SHARDS, "what a killed process left is gone"
 
 
 def test_header_of_other_latents_is_said_in_one_line(
