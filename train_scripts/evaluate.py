@@ -50,6 +50,7 @@ from speed_diffusers.generation.generate import GenerationSettings, choose_class
 from speed_diffusers.generation.image_set import Manifest, is_image_set
 from speed_diffusers.generation.processes import ALONE, Processes
 from speed_diffusers.hardware import accelerator_or_cpu
+from speed_diffusers.locks import LOCK_FILE, take_lock
 from speed_diffusers.metrics import METRICS, ExtractorFiles, general_metrics
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves, save_sweep
 from speed_diffusers.metrics.protocol import Protocol, require_equal_protocols
@@ -72,6 +73,7 @@ from speed_diffusers.training.snapshots import (
     find_models,
     put_weights,
     scores_dir_of,
+    shared_scores,
     warn_of_untrained_guidance,
 )
 
@@ -184,10 +186,10 @@ def evaluate(config: EvaluateConfig, device: torch.device, processes: Processes)
     found = find_all(config, output_dir)
     ways = read_settings(config, device)
     stored = [open_images_of(name, ways, output_dir) for name in config.models if is_image_set(Path(name))]
+    check_apart(stored, [model for models in found.values() for model in models])
     variants = open_subjects(config, found, ways)
     for subjects in variants or [[]]:
-        compared = {each.model.name: each.ways for each in subjects}
-        compared |= {} if len(variants) > 1 else {each.name: each.ways for each in stored}
+        compared = {each.model.name: each.ways for each in subjects} | {each.name: each.ways for each in stored}
         for number in range(len(ways)):
             require_equal_protocols({name: own[number][1] for name, own in compared.items()})
     scored: Scored = []
@@ -233,6 +235,19 @@ def find_all(config: EvaluateConfig, output_dir: Path | None) -> dict[str, list[
     }
 
 
+def check_apart(stored: Sequence[StoredImages], models: Sequence[ModelToScore]) -> None:
+    """Checks that no two would keep their scores in one folder, where they might replace one another's.
+
+    Raises:
+        InputError: Two would.
+    """
+    taken = {model.scores_dir: model.name for model in models}
+    for images in stored:
+        if images.scores_dir in taken:
+            raise shared_scores(images.name, taken[images.scores_dir], images.scores_dir)
+        taken[images.scores_dir] = images.name
+
+
 def read_settings(config: EvaluateConfig, device: torch.device) -> list[ScoreSettings]:
     """How to score, in the features of each extractor, without classes, weights and guidance, which may be several.
 
@@ -245,7 +260,9 @@ def read_settings(config: EvaluateConfig, device: torch.device) -> list[ScoreSet
         num_bootstrap=config.num_bootstrap,
         kid_subset_size=config.kid_subset_size,
     )
-    return ways_of(Wanted(config.metrics, config.reference, config.feature_extractor, config), shared, device)
+    generated = not all(is_image_set(Path(name)) for name in config.models)
+    wanted = Wanted(config.metrics, config.reference, config.feature_extractor, config, generated)
+    return ways_of(wanted, shared, device)
 
 
 def open_images_of(name: str, ways: Sequence[ScoreSettings], output_dir: Path | None) -> StoredImages:
@@ -361,13 +378,22 @@ def scored_once(
     scores = measure([ways[number] for number in missing]) if missing else []
     if processes.rank:
         return []
-    if missing:
-        for number, score in zip(missing, scores, strict=True):
-            if (older := known[number]) is not None:
-                values = {**older.score.values, **score.values}
-                score = replace(score, values=values, intervals={**older.score.intervals, **score.intervals})
-            save_score(score, folder, step=place.step, images_seen=place.images_seen, seconds=place.seconds)
+    for number, score in zip(missing, scores, strict=True):
+        add_score(score, files[number], place)
     return [load_score(file) for file in files]
+
+
+def add_score(score: Score, file: Path, place: Place) -> None:
+    """Saves a score with the numbers of the same weights that its file has by now: others may measure too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(file.parent / LOCK_FILE, wait=True)
+    try:
+        if (older := known_score(file, score.weights_sha256)) is not None:
+            score = score.added_to(older.score)
+        save_score(score, file.parent, step=place.step, images_seen=place.images_seen, seconds=place.seconds)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def announce(name: str, records: list[ScoreRecord]) -> list[ScoreRecord]:
@@ -390,9 +416,9 @@ def holds_all(record: ScoreRecord | None, settings: ScoreSettings) -> bool:
     if record is None:
         return False
     numbers = {number for name in settings.metrics for number in METRICS[name].function.numbers}
-    values, intervals = record.score.values, record.score.intervals
+    values, draws = record.score.values, record.score.interval_draws
     return all(
-        number in values and (not settings.num_bootstrap or number in intervals or values[number] is None)
+        number in values and (draws.get(number, 0) >= settings.num_bootstrap or values[number] is None)
         for number in numbers
     )
 

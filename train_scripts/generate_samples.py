@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from speed_diffusers.generation.image_files import (
     remove_set,
     to_bytes,
 )
-from speed_diffusers.generation.image_set import FORMATS, LABELS, ImageSet, Manifest, is_image_set
+from speed_diffusers.generation.image_set import FORMATS, LABELS, MANIFEST, ImageSet, Manifest, is_image_set
 from speed_diffusers.hardware import processor
 from speed_diffusers.locks import LOCK_FILE, lock_output_dir
 from speed_diffusers.training.parts import start_process
@@ -161,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: Another launch writes to it, or it holds other files than a set of images.
     """
-    if folder.is_dir() and not is_image_set(folder) and any(each.name != LOCK_FILE for each in folder.iterdir()):
+    if folder.is_dir() and not is_image_set(folder) and _others_in(folder):
         raise InputError(f"output_dir={folder}: the folder holds other files; take an empty one.")
     lock = lock_output_dir(folder)
     try:
@@ -171,6 +172,12 @@ def locked(folder: Path) -> Iterator[None]:
         if lock is not None:
             (folder / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
+
+
+def _others_in(folder: Path) -> list[str]:
+    """Files of a folder without a manifest that no launch of this script has left, killed before it wrote one."""
+    ours = (LOCK_FILE, f".tmp-{MANIFEST}-*")
+    return [each.name for each in folder.iterdir() if not any(fnmatchcase(each.name, name) for name in ours)]
 
 
 def open_folder(folder: Path, wanted: Manifest, *, overwrite: bool) -> None:

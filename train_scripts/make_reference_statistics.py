@@ -51,6 +51,7 @@ from speed_diffusers.metrics import (
 )
 from speed_diffusers.metrics.extractors import FASHION_MNIST
 from speed_diffusers.metrics.published import clip_option, dinov2_option, inception_option
+from speed_diffusers.metrics.score import ClassesOfImages, wanted_classes
 
 REFERENCE_FILE = "reference_features.safetensors"
 
@@ -77,15 +78,17 @@ class ReferenceSettings(ImageSettings):
             raise InputError("Give the held-out images: validation_data_dir=... or validation_split=...")
 
 
-def measure(extractor: FeatureExtractor, batches: Iterator[tuple[Tensor, Tensor]]) -> Samples:
-    """What an extractor sees in batches of images (B, 3, R, R) in [0, 1] with labels (B,)."""
+def measure(extractor: FeatureExtractor, source: ImageSource, batches: Iterator[tuple[Tensor, Tensor]]) -> Samples:
+    """What an extractor sees in batches of images (B, 3, R, R) in [0, 1] with labels (B,), of a source's classes."""
     measurement = Measurement(extractor, NO_REFERENCE, [], MetricSettings(equal_counts=not extractor.published))
-    wanted = []
+    shown: list[int] = []
     for images, labels in batches:
         measurement.update(images)
-        wanted.append(labels)
+        shown += labels.tolist()
+    names = dict(enumerate(source.label_names or []))
+    classes = ClassesOfImages(shown, names, null=0 if source.label_column is None else source.num_classes)
     # A published network's classes are not those of the images.
-    return measurement.samples(None if extractor.published else torch.cat(wanted))
+    return measurement.samples(None if extractor.published else wanted_classes(classes, extractor.classes))
 
 
 @torch.no_grad()
@@ -104,7 +107,10 @@ def score_of(samples: Samples, reference_file: Path, extractor: str) -> dict[str
     smallest = min(len(samples.features), reference.statistics.count or 0)
     for entry in METRICS.values():
         metric = entry.function
-        there = metric.needs_reference and (reference.features is not None or not metric.needs_features)
+        # Without one in any features it is of these images, in published ones it is quoted elsewhere.
+        there = (metric.needs_reference or metric.extractor is None) and (
+            reference.features is not None or not metric.needs_features
+        )
         if there and metric.extractor in (None, extractor) and smallest >= metric.least(samples.settings):
             values |= metric(samples)
     return values
@@ -129,13 +135,13 @@ def main(argv: list[str]) -> None:
     def images_of(source: ImageSource, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         return all_batches(source, settings, description=name)
 
-    measured = measure(extractor, images_of(real, "reference"))
+    measured = measure(extractor, real, images_of(real, "reference"))
     floor = {}
     if held_out is not None:
         some = open_training_images(settings, max_train_samples=settings.floor_images)
-        floor["training_images"] = measure(extractor, images_of(some, "training images"))
+        floor["training_images"] = measure(extractor, some, images_of(some, "training images"))
     if vae is not None:
-        floor["reconstructions"] = measure(extractor, reconstructions(vae, images_of(real, "reconstructions")))
+        floor["reconstructions"] = measure(extractor, real, reconstructions(vae, images_of(real, "reconstructions")))
 
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..files import give_usual_mode, written_whole
 from ..json_files import arguments_of, check_values
 from .export import inference_scheduler, save_pipeline
-from .original_dit import ORIGINAL_CONSTANTS, constants_of, original_state, transformer_of
+from .original_dit import ORIGINAL_CONSTANTS, constants_of, original_state, rows_of_classes, transformer_of
 from .pretrained import label_rows_of, load_transformer, scheduler_config_of
 from .torch_files import read_torch_file
 
@@ -82,11 +82,15 @@ def write_original(checkpoint: DiTCheckpoint, path: Path) -> None:
     transformer = checkpoint.transformer
     scheduler: Any = checkpoint.scheduler
     state = original_state(transformer, null_row=checkpoint.null_row)
+    # The way back puts "no class" where nobody has chosen another row for it, and the classes around it.
+    num_classes = transformer.config["num_embeds_ada_norm"]
+    rows = (rows_of_classes(num_classes, null_row).tolist() for null_row in (checkpoint.null_row, None))
+    row_there = dict(zip(*rows, strict=True))
     own = {
         "num_attention_heads": transformer.config["num_attention_heads"],
         "constants": constants_of(transformer),
         "scheduler": None if scheduler is None else _plain({**scheduler.config, "_class_name": _name(scheduler)}),
-        "id2label": {str(row): name for row, name in checkpoint.id2label.items()},
+        "id2label": {str(row_there.get(row, row)): name for row, name in checkpoint.id2label.items()},
     }
     with written_whole(path, sum(value.nbytes for value in state.values())) as temporary:
         torch.save({"ema": state, DIFFUSERS_KEY: own}, temporary)

@@ -208,7 +208,7 @@ def transformer_of(
         ours[OUR_LABEL_TABLE] = torch.zeros(num_classes + 1, shape.width)
     else:
         ours[OUR_LABEL_TABLE] = torch.empty_like(table)
-        ours[OUR_LABEL_TABLE][_our_rows(num_classes)] = table
+        ours[OUR_LABEL_TABLE][rows_of_classes(num_classes)] = table
     config = {
         "num_attention_heads": heads,
         "attention_head_dim": shape.width // heads,
@@ -266,7 +266,7 @@ def original_state(transformer: DiTTransformer2DModel, *, null_row: int | None =
             theirs[f"blocks.{block}.attn.qkv.{part}"] = torch.cat([ours[name] for name in names])
     table = ours[OUR_LABEL_TABLE]
     if table.any():
-        theirs[LABEL_TABLE] = table[_our_rows(len(table) - 1, null_row)]
+        theirs[LABEL_TABLE] = table[rows_of_classes(len(table) - 1, null_row)]
     return {name: theirs[name].detach().clone() for name in OriginalShape.of(theirs).tensors()}
 
 
@@ -280,7 +280,7 @@ def _layers(depth: int) -> dict[str, str]:
     return {**EMBEDDERS, **blocks, **FINAL_LAYER}
 
 
-def _our_rows(num_classes: int, null_row: int | None = None) -> Tensor:
+def rows_of_classes(num_classes: int, null_row: int | None = None) -> Tensor:
     """Where each row of DiT's own label table, the classes' and then the last, "no class", lies in that of diffusers.
 
     Returns:

@@ -11,6 +11,7 @@ from .metric import Samples, Values, register_metric
     "class_agreement",
     summary="Share of images that the extractor's classifier takes for the class asked for; in [0, 1].",
     reference="Shmelkov et al., arXiv 1807.09499, GAN-test",
+    needs_reference=False,
 )
 def class_agreement_of(samples: Samples) -> Values:
     """The share of images in whose class the extractor agrees, or None where it knows no classes."""

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..assets import EMBEDDED_CLASSIFIER
 from ..errors import InputError, unknown_name
 from ..files import file_sha256, tensors_sha256
+from ..json_files import check_values, read_object
 from ..registry import Registry
 from .efficientnet_lite import EFFLITE0, WEIGHTS_SHA256, load_efflite0
 from .features import load_classifier
@@ -90,8 +90,7 @@ EXTRACTORS: Registry[Callable[..., FeatureExtractor]] = Registry("feature_extrac
 )
 def fashion_mnist(device: torch.device) -> FeatureExtractor:
     """The embedded classifier."""
-    classes = json.loads(EMBEDDED_CLASSIFIER.with_suffix(".json").read_text())["classes"]
-    return _classifier(FASHION_MNIST, EMBEDDED_CLASSIFIER, device, tuple(classes))
+    return _classifier(FASHION_MNIST, EMBEDDED_CLASSIFIER, device)
 
 
 @EXTRACTORS.register(
@@ -105,11 +104,21 @@ def efflite0(device: torch.device) -> FeatureExtractor:
     return FeatureExtractor(EFFLITE0, WEIGHTS_SHA256, load_efflite0(device), None, device)
 
 
-def _classifier(
-    name: str, path: Path, device: torch.device, classes: tuple[str, ...] | None = None
-) -> FeatureExtractor:
+def _classifier(name: str, path: Path, device: torch.device) -> FeatureExtractor:
+    """A classifier of `train_classifier.py`, with the names of its classes where their file stands beside it."""
     classifier = load_classifier(path, device=device)
-    return FeatureExtractor(name, file_sha256(path), classifier.features_and_logits, classes, device)
+    sha256 = file_sha256(path)
+    return FeatureExtractor(name, sha256, classifier.features_and_logits, _classes_beside(path, sha256), device)
+
+
+def _classes_beside(path: Path, sha256: str) -> tuple[str, ...] | None:
+    """The names in the JSON file of `train_classifier.py`; None where it has none or is of other weights."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return None
+    told = read_object(file)
+    check_values(file, told, {"sha256": str, "classes": list[str] | None})
+    return tuple(told["classes"]) if told.get("sha256") == sha256 and told.get("classes") else None
 
 
 def load_extractor(
@@ -118,9 +127,9 @@ def load_extractor(
     """A feature extractor by name.
 
     Args:
-        name: One of `EXTRACTORS`; a `.safetensors` file of `train_classifier.py`; or `package.module:attribute` or
-            `path/to/file.py:attribute`, a callable without arguments that returns a module or function as `Extraction`
-            describes it. A module is put into evaluation mode.
+        name: One of `EXTRACTORS`; a `.safetensors` file of `train_classifier.py`, whose JSON file beside it names its
+            classes; or `package.module:attribute` or `path/to/file.py:attribute`, a callable without arguments that
+            returns a module or function as `Extraction` describes it. A module is put into evaluation mode.
         device: Where its weights go.
         weights: Where they come from, for an extractor that takes a file or folder; None: its own default.
 

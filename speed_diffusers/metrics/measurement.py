@@ -37,6 +37,7 @@ class Measurement:
         self._statistics = StatisticsAccumulator()
         self._features: list[Tensor] = []
         self._predicted: list[Tensor] = []
+        self._num_classes = 0
         self._logits: list[Tensor] = []
 
     def update(self, images: Tensor) -> None:
@@ -53,15 +54,19 @@ class Measurement:
         self._features.append(features)
         if logits is not None:
             self._predicted.append(logits.argmax(1))
+            self._num_classes = logits.shape[1]
             self._logits += [logits] if self._keeps_logits else []
 
     def samples(self, wanted: Tensor | None = None, texts: Tensor | None = None) -> Samples:
         """All images so far as metrics see them.
 
         Args:
-            wanted: (N,) int64, the extractor's class that each image was asked to be.
+            wanted: (N,) int64, the extractor's class that each image was asked to be; left out where the extractor
+                has not as many.
             texts: (N, D), features of the text that each was asked to show.
         """
+        if wanted is not None and bool((wanted >= self._num_classes).any()):
+            wanted = None
         return Samples(
             features=torch.cat(self._features),
             statistics=self._statistics.result(extractor_sha256=self.extractor.sha256),

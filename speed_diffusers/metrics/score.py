@@ -233,7 +233,7 @@ def score_in_each(
     weights_sha256 = tensors_sha256(pipeline.transformer.state_dict())
     environment = _environment(pipeline.transformer.device.type, began)
     return [
-        Score(values, weights_sha256, protocol, environment, intervals)
+        Score(values, weights_sha256, protocol, environment, intervals, dict.fromkeys(intervals, shared.num_bootstrap))
         for (_, protocol), (values, intervals) in zip(ways, measured, strict=True)
     ]
 
@@ -315,7 +315,14 @@ def score_image_set(
     measured = _measure(images, classes, [settings for settings, _ in ways])
     environment = _environment(made.device, began)
     return [
-        Score(values, made.weights_sha256, protocol, environment, intervals)
+        Score(
+            values,
+            made.weights_sha256,
+            protocol,
+            environment,
+            intervals,
+            dict.fromkeys(intervals, shared.num_bootstrap),
+        )
         for (_, protocol), (values, intervals) in zip(ways, measured, strict=True)
     ]
 
@@ -350,7 +357,7 @@ def _measure(
             measurement.update(batch)
     return [
         measurement.result(
-            wanted=_wanted_classes(classes, settings.extractor.classes),
+            wanted=wanted_classes(classes, settings.extractor.classes),
             texts=_text_features(classes, settings) if "clip_score" in settings.metrics else None,
             num_bootstrap=settings.num_bootstrap,
         )
@@ -389,7 +396,7 @@ def _class_rows(pipeline: DiTPipeline, settings: ScoreSettings) -> list[int]:
     return list(row_names_of(pipeline)) or [speed_pipeline(pipeline).null_class_id]
 
 
-def _wanted_classes(images: ClassesOfImages, classes: Sequence[str] | None) -> Tensor | None:
+def wanted_classes(images: ClassesOfImages, classes: Sequence[str] | None) -> Tensor | None:
     """The extractor's class of each image (N,), by name where both sides name theirs; None where there is none."""
     rows = set(images.labels)
     if images.null in rows or (classes is not None and not classes):

@@ -49,6 +49,7 @@ class Score:
         environment: Where it was measured.
         intervals: Lower and upper end of 95 % intervals by the names of numbers; see intervals.py. Empty where nothing
             was resampled.
+        interval_draws: Draws behind each interval; none of those that an earlier version wrote.
     """
 
     values: Mapping[str, float | None]
@@ -56,6 +57,7 @@ class Score:
     protocol: Protocol
     environment: Environment = field(compare=False)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    interval_draws: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def frechet_distance(self) -> float | None:
@@ -67,9 +69,18 @@ class Score:
         """Share of images that the extractor takes for the class they were asked to be; None where unknown."""
         return self.values.get("class_agreement")
 
+    def added_to(self, older: "Score") -> "Score":
+        """The numbers of both, of which this one's count where both have one; of the same weights and protocol."""
+        return dataclasses.replace(
+            self,
+            values={**older.values, **self.values},
+            intervals={**older.intervals, **self.intervals},
+            interval_draws={**older.interval_draws, **self.interval_draws},
+        )
+
     def to_dict(self) -> dict[str, object]:
         """The score as JSON values, the numbers first."""
-        intervals = {"intervals": self.intervals} if self.intervals else {}
+        intervals = {"intervals": self.intervals, "interval_draws": self.interval_draws} if self.intervals else {}
         return {
             **self.values,
             **intervals,
@@ -154,9 +165,11 @@ def load_score(path: Path) -> ScoreRecord:
     check_values(path, {"intervals": intervals}, {"intervals": dict[str, list[float]]})
     if odd := [name for name, ends in intervals.items() if len(ends) != 2]:
         raise InputError(f"{path}: intervals of {odd[0]} must be two numbers.")
+    draws = document.pop("interval_draws", {})
+    check_values(path, {"interval_draws": draws}, {"interval_draws": dict[str, int]})
     check_values(path, document, dict.fromkeys(document, float | None))
     ends_of = {name: (low, high) for name, (low, high) in intervals.items()}
-    return ScoreRecord(Score(document, weights_sha256, protocol, environment, ends_of), **place)
+    return ScoreRecord(Score(document, weights_sha256, protocol, environment, ends_of, draws), **place)
 
 
 def load_scores(folder: Path) -> list[ScoreRecord]:

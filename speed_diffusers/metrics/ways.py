@@ -27,12 +27,15 @@ class Wanted:
         feature_extractor: Of the metrics that any features will do for; None: Inception where another metric is in its
             pooled features, the embedded classifier otherwise.
         files: Where published weights are.
+        generated: Whether images are still to be made, as many as the settings say; those that are there are counted
+            where they are opened.
     """
 
     metrics: Sequence[str]
     references: Sequence[str]
     feature_extractor: str | None
     files: ExtractorFiles
+    generated: bool = True
 
 
 def ways_of(wanted: Wanted, shared: ScoreSettings, device: torch.device) -> list[ScoreSettings]:
@@ -47,7 +50,7 @@ def ways_of(wanted: Wanted, shared: ScoreSettings, device: torch.device) -> list
         InputError: No such extractor, weights or reference, none that fits, or too few images for a metric.
     """
     groups = extractors_of(wanted.metrics, wanted.feature_extractor)
-    for name in wanted.metrics:
+    for name in wanted.metrics if wanted.generated else ():
         METRICS[name].function.check_images(
             name, shared.num_images, shared.metric_settings, halves=shared.num_bootstrap > 0
         )
@@ -90,13 +93,17 @@ def extractors_of(metrics: Sequence[str], feature_extractor: str | None) -> dict
 def _reference_of(
     extractor: FeatureExtractor, names: Sequence[str], loaded: dict[str, Reference], *, needs_features: bool
 ) -> Reference:
-    """The first reference in an extractor's features; an npz file counts if no other one does."""
+    """The first reference in an extractor's features; npz files count, in their order, if no other does."""
     fitting = [each for each in loaded.values() if each.statistics.extractor_sha256 == extractor.sha256]
     if fitting:
         return fitting[0]
     archives = [name for name in names if is_npz(name)]
-    if archives:
-        return load_npz_reference(archives[0], extractor, needs_features=needs_features)
+    for number, name in enumerate(archives, 1):
+        try:
+            return load_npz_reference(name, extractor, needs_features=needs_features)
+        except InputError:
+            if number == len(archives):
+                raise
     if len(names) == 1 and (extractor.name == FASHION_MNIST or names[0] != EMBEDDED):
         return loaded[names[0]]  # whatever is wrong with it is said where it is looked at
     raise InputError(

@@ -158,7 +158,7 @@ def facts_of(
         scores=list(scores.values()),
         metrics=read_metrics(run / METRICS_FILE) if run and (run / METRICS_FILE).is_file() else [],
         validation=read_metrics(validation) if validation and validation.is_file() else [],
-        course=_course(recorded),
+        course=_course(load_scores(run / SCORES_FOLDER) if run else []),
     )
 
 
@@ -211,12 +211,15 @@ def _score_in(sidecar: Mapping[str, Any]) -> list[Score]:
 
 
 def _course(records: Sequence[ScoreRecord]) -> dict[str, list[tuple[float, float]]]:
-    """The first number of the protocol under which most steps were scored, over steps; empty for fewer than two."""
+    """The first number of the protocol under which most steps of the EMA weights were scored, over steps.
+
+    Empty for fewer than two. Scores from elsewhere may be of another run: only its last weights can be recognised.
+    """
     by_protocol: dict[str, list[ScoreRecord]] = {}
     for record in records:
         if record.step is not None:
             by_protocol.setdefault(record.score.protocol.short_hash(), []).append(record)
-    longest = max(by_protocol.values(), key=len, default=[])
+    longest = max(by_protocol.values(), key=lambda own: (own[0].score.protocol.weights == "ema", len(own)), default=[])
     if len(longest) < 2:
         return {}
     name = next((name for name in longest[0].score.values if "frechet" in name), next(iter(longest[0].score.values)))

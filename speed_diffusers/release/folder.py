@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -135,6 +135,8 @@ def save_pictures(facts: Facts, folder: Path, num_images_per_class: int) -> dict
         pictures[SAMPLES_FILE] = _grid_caption(facts, _grid_of_run(facts), facts.config.get("seed", 0))
     elif num_images_per_class:
         settings = _grid_of_run(facts)
+        if facts.config.get("class_dropout_prob") == 0:  # guidance would take what was never trained
+            settings = replace(settings, guidance_scale=1.0)
         save_grid(facts, settings, num_images_per_class, folder / SAMPLES_FILE)
         pictures[SAMPLES_FILE] = _grid_caption(facts, settings, settings.seed)
     panels = course_panels(facts)
@@ -176,9 +178,8 @@ def course_panels(facts: Facts) -> dict[str, dict[str, Points]]:
 def _grid_of_run(facts: Facts) -> GenerationSettings:
     """How a run generates its grid, as far as its options are known."""
     config = facts.config
-    guided = bool(facts.class_names) and config.get("class_dropout_prob") != 0
     return GenerationSettings(
-        guidance_scale=float(config.get("guidance_scale", 1.5)) if guided else 1.0,
+        guidance_scale=float(config.get("guidance_scale", 1.5)) if facts.class_names else 1.0,
         num_inference_steps=int(config.get("num_inference_steps", 50)),
         sampler=config.get("sampler"),
         batch_size=32,

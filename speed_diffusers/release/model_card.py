@@ -13,7 +13,7 @@ from ..assets import EMBEDDED
 from ..config.schema import default_of
 from ..metrics.curves import METRIC_NAMES
 from ..metrics.score_record import Score
-from ..models import FREQ_SHIFT, NULL_CLASS, STOCK_FREQ_SHIFT
+from ..models import FREQ_SHIFT, STOCK_FREQ_SHIFT
 from ..reports.strategy_plot import area_shares, mean_weight
 from ..reports.strategy_report import own_name
 from ..settings import SPEED_KEYS
@@ -187,7 +187,7 @@ def _use(facts: Facts, repo_id: str, branch: str, has_half: bool) -> str:
     if names not in ("", "[]"):
         labels = f"pipeline.get_label_ids({names})"
     else:
-        labels = "[0, 1, 2, 3]" if facts.class_names else f"[{NULL_CLASS}] * 4"
+        labels = "[0, 1, 2, 3]" if facts.class_names else f"[{facts.pipeline.null_class_id}] * 4"
     lines = [
         "## Use",
         "```python\nfrom diffusers import DiTPipeline\n\n"
@@ -199,6 +199,11 @@ def _use(facts: Facts, repo_id: str, branch: str, has_half: bool) -> str:
             "Half precision, on a GPU (older versions of diffusers call `dtype` `torch_dtype`):\n\n```python\n"
             "import torch\nfrom diffusers import DiTPipeline\n\n"
             f'pipeline = DiTPipeline.from_pretrained({name}, variant="fp16", dtype=torch.float16).to("cuda")\n```'
+        )
+    if not facts.class_names and (rows := facts.pipeline.transformer.config.num_embeds_ada_norm) > 1:
+        lines.append(
+            "If it was trained with classes, their names are not known: `class_labels` are rows of its label table, 0 "
+            f"to {rows}, of which {facts.pipeline.null_class_id} is no class."
         )
     variance = "a learned variance, " if facts.predicts_variance else ""
     lines.append(

@@ -22,6 +22,8 @@ from .ema import ExponentialMovingAverage
 SNAPSHOTS_FOLDER = "ema_snapshots"
 LONGEST = 0.28
 """Relative lengths must stay below: an average over all steps alike has 1 / sqrt(12)."""
+LARGEST_ERROR = 0.1
+"""Of an average that snapshots make, as `error_of_length` gives it; beyond, it is of another length than is asked."""
 
 
 def power_of(length: float) -> float:
@@ -121,6 +123,24 @@ def remove_later_snapshots(folder: Path, step: int) -> None:
             path.unlink()
 
 
+def error_of_length(folder: Path, length: float, step: int) -> float:
+    """How far the nearest combination of a run's snapshots is from the average of a length after a step.
+
+    Args:
+        folder: Of the run.
+        length: Relative length, in (0, 0.28].
+        step: Optimizer steps; earlier snapshots alone are used.
+
+    Returns:
+        Difference of the two averages' weights on the steps, relative to the one that is asked for (root of the sum of
+        squares): 0 for a track, and below 0.06 between two tracks; outside them it takes many snapshots.
+
+    Raises:
+        InputError: There are no snapshots until then, or the length lies outside.
+    """
+    return _combination(folder, length, step)[1]
+
+
 def ema_of_length(folder: Path, length: float, step: int | None = None) -> dict[str, Tensor]:
     """The EMA weights of any relative length after a step (equations 4 and 5 of EDM2's appendix C).
 
@@ -133,15 +153,36 @@ def ema_of_length(folder: Path, length: float, step: int | None = None) -> dict[
         Parameter names to averages, float32.
 
     Raises:
-        InputError: There are no snapshots until then, or the length lies outside.
+        InputError: There are no snapshots until then or too few for this length, or the length lies outside.
     """
+    last = step if step is not None else max(list_snapshots(folder), default=0)
+    share_of, error = _combination(folder, length, last)
+    if error > LARGEST_ERROR:
+        raise InputError(f"weights=ema:{length:g}: after step {last:,} {too_few_snapshots(folder, error)}")
+    total: dict[str, Tensor] = {}
+    for path in dict.fromkeys(path for path, _ in share_of):
+        state = load_file(path)
+        for each in (each for where, each in share_of if where == path):
+            for name, value in _track(state, each).items():
+                total[name] = total.get(name, torch.zeros(())) + float(share_of[path, each]) * value.float()
+    return total
+
+
+def too_few_snapshots(folder: Path, error: float) -> str:
+    """Says that a run's snapshots do not make a length: the end of a sentence."""
+    return (
+        f"the snapshots of {folder} make an EMA that differs by {error:.0%} from one of this length (at most "
+        f"{LARGEST_ERROR:.0%}). Ask for a length between those of ema_tracks, or train with more checkpoints."
+    )
+
+
+def _combination(folder: Path, length: float, step: int) -> tuple[dict[tuple[Path, float], np.float64], float]:
+    """The shares of snapshots and their tracks in the nearest average of a length, and `error_of_length`."""
     power = power_of(length)
-    paths = list_snapshots(folder)
-    last = step if step is not None else max(paths, default=0)
-    used = {at: path for at, path in sorted(paths.items()) if at <= last}
+    used = {at: path for at, path in sorted(list_snapshots(folder).items()) if at <= step}
     if not used:
         raise InputError(
-            f"weights=ema:{length:g}: {folder} has no EMA snapshots until step {last} (ema_tracks=0.05,0.1)."
+            f"weights=ema:{length:g}: {folder} has no EMA snapshots until step {step} (ema_tracks=0.05,0.1)."
         )
     sources = []
     for at, path in used.items():
@@ -150,19 +191,14 @@ def ema_of_length(folder: Path, length: float, step: int | None = None) -> dict[
         sources += [(at, each, path) for each in sorted(lengths)]
     steps = np.array([at for at, _, _ in sources], dtype=float)
     powers = np.array([power_of(each) for _, each, _ in sources])
-    shares = np.linalg.lstsq(
-        inner_products(steps[:, None], powers[:, None], steps, powers),
-        inner_products(steps, powers, np.float64(last), np.float64(power)),
-        rcond=None,
-    )[0]
-    total: dict[str, Tensor] = {}
-    share_of = {(path, each): share for (_, each, path), share in zip(sources, shares / shares.sum(), strict=True)}
-    for path in used.values():
-        state = load_file(path)
-        for each in (each for where, each in share_of if where == path):
-            for name, value in _track(state, each).items():
-                total[name] = total.get(name, torch.zeros(())) + float(share_of[path, each]) * value.float()
-    return total
+    products = inner_products(steps[:, None], powers[:, None], steps, powers)
+    wanted = inner_products(steps, powers, np.float64(step), np.float64(power))
+    shares = np.linalg.lstsq(products, wanted, rcond=None)[0]
+    shares /= shares.sum()
+    norm = float(inner_products(step, power, step, power))
+    error = max(0.0, norm - float(2 * shares @ wanted - shares @ products @ shares)) / norm
+    share_of = {(path, each): share for (_, each, path), share in zip(sources, shares, strict=True)}
+    return share_of, error**0.5
 
 
 def inner_products(

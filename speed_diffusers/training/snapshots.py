@@ -21,7 +21,15 @@ from ..generation.pretrained import GUIDANCE_UNTRAINED, load_pipeline, load_vae,
 from ..models import export_transformer
 from .checkpoint_folders import EMA, MANIFEST, MODEL, digest, list_checkpoints
 from .checkpoints import read_state
-from .ema_tracks import ema_of_length, list_snapshots, power_of, step_of_snapshot
+from .ema_tracks import (
+    LARGEST_ERROR,
+    ema_of_length,
+    error_of_length,
+    list_snapshots,
+    power_of,
+    step_of_snapshot,
+    too_few_snapshots,
+)
 from .parts import make_model, make_scheduler, open_data
 from .run_folder import (
     METRICS_FILE,
@@ -175,7 +183,7 @@ def find_models(
         has_run = name != EMBEDDED and is_run(folder)
         scores_dir = scores_dir_of(name, output_dir)
         if scores_dir in models:
-            raise InputError(f"models={name} and {models[scores_dir].name} would share the scores in {scores_dir}.")
+            raise shared_scores(name, models[scores_dir].name, scores_dir)
         if has_run:
             places = run_places(
                 folder, checkpoints=checkpoints, stop_checkpoints=stop_checkpoints, weights=weights, steps=steps
@@ -188,6 +196,11 @@ def find_models(
             raise InputError(f"weights={weights}: {name} is a pipeline, which holds EMA weights (weights=ema).")
         models[scores_dir] = ModelToScore(name, scores_dir, places)
     return list(models.values())
+
+
+def shared_scores(name: str, other: str, scores_dir: Path) -> InputError:
+    """The error that two would keep their scores in one folder."""
+    return InputError(f"models={name} and {other} would share the scores in {scores_dir}.")
 
 
 def scores_dir_of(name: str, output_dir: Path | None) -> Path:
@@ -241,7 +254,17 @@ def run_places(
         snapshots = sorted(list_snapshots(folder).items())
         if not snapshots:
             raise InputError(f"models={folder}: weights={weights} needs the snapshots of a run with ema_tracks; none.")
-        return [place(path, step) for step, path in (snapshots if checkpoints else snapshots[-1:])]
+        asked = snapshots if checkpoints else snapshots[-1:]
+        errors = {step: error_of_length(folder, float(weights.removeprefix(OF_LENGTH)), step) for step, _ in asked}
+        far = [step for step, error in errors.items() if error > LARGEST_ERROR]
+        if len(far) == len(errors):
+            raise InputError(f"weights={weights}: {too_few_snapshots(folder, min(errors.values()))}")
+        if far:
+            told = ", ".join(f"{step:,}" for step in far)
+            logger.warning(
+                "%s: weights=%s: leaving out the steps %s, whose snapshots make another length", folder, weights, told
+            )
+        return [place(path, step) for step, path in asked if step not in far]
     places: dict[int, Place] = {}
     if _has_pipeline(folder) and weights == "ema":
         end = pipeline_place(str(folder))

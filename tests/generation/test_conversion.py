@@ -18,6 +18,7 @@ from pipeline_parts import autoencoder, pipeline_of, transformer
 from speed_diffusers.assets import EMBEDDED_PIPELINE
 from speed_diffusers.errors import InputError
 from speed_diffusers.generation.conversion import read_folder, read_original, write_folder, write_original
+from speed_diffusers.generation.generate import row_names_of
 from speed_diffusers.generation.original_dit import (
     STOCK_CONSTANTS,
     constants_of,
@@ -157,6 +158,30 @@ def test_a_folder_of_ours_comes_back_with_all_that_dits_code_has_no_place_for(ki
     assert kept[0] == kept[1]
     assert before.id2label == after.id2label and bool(before.id2label) == (kind == "embedded")
     assert prediction_difference(before.transformer, constants_of(after.transformer)) == 0
+
+
+def test_classes_keep_their_names_where_no_class_moves(tmp_path: Path) -> None:
+    names = {row: f"class {row}" for row in range(1, 11)}
+    model = transformer(rows=10)
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    pipeline_of(model, id2label=names, null_class_id=0).save_pretrained(tmp_path / "folder")
+    write_original(read_folder(str(tmp_path / "folder")), tmp_path / "ours.pt")
+    write_folder(read_original(tmp_path / "ours.pt"), tmp_path / "back", vae=autoencoder(), source="ours.pt")
+    folders = [load_pipeline(str(tmp_path / name)) for name in ("folder", "back")]
+    assert [each.null_class_id for each in folders] == [0, 10]
+
+    def answers_by_name(pipeline: SpeeDDiTPipeline) -> dict[str, Tensor]:
+        rows = {name: row for row, name in row_names_of(pipeline).items()} | {"no class": pipeline.null_class_id}
+        labels = torch.tensor([rows[name] for name in sorted(rows)])
+        sample = torch.ones(len(labels), 4, *[pipeline.transformer.config.sample_size] * 2)
+        with torch.no_grad():
+            found = pipeline.transformer(sample, torch.full((len(labels),), 500), labels, return_dict=False)[0]
+        return dict(zip(sorted(rows), found, strict=True))
+
+    before, after = map(answers_by_name, folders)
+    assert len(before) == 11 and before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_fine_tuned_run_keeps_the_frequencies_of_its_start(

@@ -17,7 +17,14 @@ from speed_diffusers.errors import InputError
 from speed_diffusers.files import save_tensors
 from speed_diffusers.generation.generate import row_names_of
 from speed_diffusers.generation.pretrained import load_pipeline
-from speed_diffusers.metrics import METRICS, general_metrics, load_extractor, load_reference
+from speed_diffusers.metrics import (
+    METRICS,
+    Measurement,
+    MetricSettings,
+    general_metrics,
+    load_extractor,
+    load_reference,
+)
 from speed_diffusers.metrics.curves import ScoreCurve, save_score_curves
 from speed_diffusers.metrics.protocol import (
     Protocol,
@@ -29,9 +36,9 @@ from speed_diffusers.metrics.score import (
     ClassesOfImages,
     ScoreSettings,
     _class_rows,
-    _wanted_classes,
     make_protocol,
     score_pipeline,
+    wanted_classes,
 )
 from speed_diffusers.metrics.score_record import Environment, Score, ScoreRecord, load_score, load_scores, save_score
 from speed_diffusers.pipelines import SpeeDDiTPipeline
@@ -150,6 +157,11 @@ def test_agreement_goes_by_name_and_without_names_by_number(pipeline: DiTPipelin
     # The names of another order of classes are followed.
     names = load_extractor().classes
     assert names is not None
+    few = replace(load_extractor(), classes=None)
+    far = ClassesOfImages([207, 360], {207: "golden retriever", 360: "otter"}, null=1000)
+    measurement = Measurement(few, load_reference("embedded"), [], MetricSettings())
+    measurement.update(torch.zeros(2, 3, 32, 32))
+    assert measurement.samples(wanted_classes(far, None)).wanted is None, "it has ten classes"
     renamed.register_to_config(id2label={str(9 - row): names[row] for row in range(10)})
     swapped = score_pipeline(renamed, replace(FEW, class_rows=rows)).class_agreement
     assert swapped is not None and by_name is not None and swapped < 0.3 < by_name
@@ -169,10 +181,10 @@ def test_every_class_is_scored_though_others_have_its_name(pipeline: DiTPipeline
     assert make_protocol(lossy, ScoreSettings(class_rows=range(1000))).labels == "0..999 in turn"
     # Equal names are told apart by their order, on both sides.
     asked = ClassesOfImages([744, 134, 517, 638, 639], row_names_of(named), null=1000)
-    wanted = _wanted_classes(asked, list(names.values()))
+    wanted = wanted_classes(asked, list(names.values()))
     assert wanted is not None and wanted.tolist() == [744, 134, 517, 638, 639]
     asked = replace(asked, labels=[134])
-    assert _wanted_classes(asked, [*names.values(), "crane"]) is None, "three of them there, two here"
+    assert wanted_classes(asked, [*names.values(), "crane"]) is None, "three of them there, two here"
 
 
 def test_the_row_of_no_class_is_no_class_of_the_extractor(pipeline: DiTPipeline) -> None:

@@ -181,6 +181,36 @@ def test_scores_of_other_weights_are_not_claimed(run: Path, place: Path, tmp_pat
     assert "| recall (higher is better) | 0.25 |" in card_of(made).text
 
 
+def test_the_course_of_a_training_is_that_of_its_own_averages(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    (record,) = load_scores(run / "scores")
+
+    def save(folder: Path, weights: str, *points: tuple[int, float]) -> None:
+        for step, value in points:
+            protocol = replace(record.score.protocol, weights=weights, num_images=30)
+            score = replace(record.score, protocol=protocol, values={"frechet_distance": value})
+            save_score(replace(score, weights_sha256=str(step)), folder, step=step)
+
+    save(run / "scores", "ema", (4, 3.0), (2, 5.0))
+    save(run / "scores", "model", (1, 9.0), (2, 8.0), (4, 7.0))
+    save(tmp_path / "other", "ema", (1, 30.0), (2, 20.0), (3, 10.0))
+    made = make_release(str(run), tmp_path / "release", "alice/tiny", scores_dir=tmp_path / "other")
+    assert made.facts.course == {"frechet_distance": [(2.0, 5.0), (4.0, 3.0)]}
+
+
+def test_a_grid_is_captioned_as_it_was_made(run: Path, tmp_path: Path) -> None:
+    """Also where guidance takes what was never trained, of which a run warns."""
+    run = shutil.copytree(run, tmp_path / "run")
+    sidecar = run / "pipeline" / "speed_training.json"
+    text = re.sub(r'("class_dropout_prob": )[^,\n]*', r"\g<1>0.0", sidecar.read_text())
+    assert '"class_dropout_prob": 0.0' in text
+    sidecar.write_text(text)
+    assert "guidance 1.5, seed 0" in card_of(make_release(str(run), tmp_path / "release", "alice/tiny")).text
+    (run / "samples.png").unlink()
+    made = make_release(str(run), tmp_path / "again", "alice/tiny", num_images_per_class=1)
+    assert "no guidance, seed 0" in card_of(made).text
+
+
 def test_numbers_that_came_to_the_runs_own_score_are_released(run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run, tmp_path / "run")
     (record,) = load_scores(run / "scores")
@@ -225,6 +255,7 @@ KINDS: dict[str, Callable[[], DiTPipeline]] = {
     "few rows": lambda: pipeline_of(transformer(rows=2), id2label={0: "cat", 1: "dog"}),
     "frequencies of DiT": with_frequencies_of_dit,
     "without classes": lambda: pipeline_of(transformer(rows=1000)),
+    "few without names": lambda: pipeline_of(transformer(rows=5)),
     "ours": lambda: DiTPipeline(transformer(rows=1000), autoencoder(), SpeeDDDPMScheduler(clip_sample=False)),
     "names": lambda: inference_pipeline(
         transformer(rows=1000), autoencoder(), SpeeDDDPMScheduler(), ["crane, bird", 'the "big" one', "crane"]
@@ -240,9 +271,10 @@ def test_the_example_of_every_kind_of_model_runs(kind: str, tmp_path: Path) -> N
     text = card_of(made).text
     not_for_stock = kind in ("flow", "few rows", "frequencies of DiT")
     assert ("load_pipeline" in text.partition("```python")[2].partition("```")[0]) == not_for_stock
-    assert len(run_usage(made)) == (4 if kind in ("flow", "frequencies of DiT", "without classes", "ours") else 2)
+    assert len(run_usage(made)) == (2 if kind in ("few rows", "names") else 4)
     index = json.loads((made.folder / "model_index.json").read_text())
     assert index["scheduler"][0] == "diffusers"
+    assert ("rows of its label table, 0 to 5, of which 5 is no class" in text) == (kind == "few without names")
     if kind == "names":
         assert 'get_label_ids(["bird", "the \\"big\\" one"])' in text, "crane has two rows"
     assert "not stated by who released" in text and "## Training" not in text

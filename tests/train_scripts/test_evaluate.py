@@ -21,6 +21,7 @@ from speed_diffusers.files import tensors_sha256
 from speed_diffusers.generation import load_pipeline
 from speed_diffusers.generation.generate import generate_together
 from speed_diffusers.generation.image_set import Manifest
+from speed_diffusers.locks import LOCK_FILE
 from speed_diffusers.metrics import load_extractor, load_npz_reference, load_reference, save_statistics
 from speed_diffusers.metrics.protocol import protocol_differences
 from speed_diffusers.metrics.score import ScoreSettings, check_measurable
@@ -66,10 +67,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def files(folder: Path) -> list[str]:
-    """Names in a folder, without the hashes of protocols."""
-    return sorted(
-        path.name.split("-")[0] + path.name[4:12] if "-" in path.name else path.name for path in folder.iterdir()
-    )
+    """Names in a folder, without the hashes of protocols and the lock."""
+    names = [path.name for path in folder.iterdir() if path.name != LOCK_FILE]
+    return sorted(name.split("-")[0] + name[4:12] if "-" in name else name for name in names)
 
 
 def without_seconds(run: Path) -> None:
@@ -325,10 +325,15 @@ def test_guidance_and_weights_are_swept(
     assert not (run / "scores" / "score_over_ema.png").exists()
     tracks = train(Path("tracks").resolve(), "ema_tracks=0.05,0.1", "checkpointing_steps=6")
     generated.clear()
-    evaluate.main([f"models={tracks}", "weights=ema:0.06,ema:0.1,ema:0.15", *FEW, "metrics=frechet_distance"])
+    evaluate.main([f"models={tracks}", "weights=ema:0.06,ema:0.1,ema:0.12", *FEW, "metrics=frechet_distance"])
     assert len(generated) == 3 and (tracks / "scores" / "score_over_ema.png").stat().st_size > 5000
+    with pytest.raises(
+        InputError, match="weights=ema:0.2: the snapshots of .*tracks make an EMA that differs by 47% "
+    ):
+        evaluate.main([f"models={tracks}", "weights=ema:0.1,ema:0.2", *FEW])
     with pytest.raises(InputError, match="Unknown weights 'averaged'"):
         evaluate.main(["models=run", "weights=ema,averaged", *QUICK])
+    assert len(generated) == 3
     with pytest.raises(InputError, match=r"guidance_scales=0.5: must lie in \[1, 1000\]"):
         evaluate.main(["models=run", "guidance_scales=1,0.5", *QUICK])
 
@@ -358,7 +363,7 @@ def test_images_on_the_disk_are_scored_as_what_made_them(
     assert protocol_differences(one, other) == ["pixels: 8 bit and float"]
     with pytest.raises(InputError, match=r"embedded and images do not compare: pixels: float and 8 bit\."):
         evaluate.main(["models=embedded,images", metrics, *made])
-    (file,) = Path("scores/images").iterdir()
+    (file,) = Path("scores/images").glob("*.json")
     before = file.stat().st_mtime_ns
     evaluate.main(["models=images", metrics])
     assert file.stat().st_mtime_ns == before, "not measured again"
@@ -377,9 +382,29 @@ def test_images_that_are_not_all_there_are_not_scored(run: Path, fresh_accelerat
     generate_samples.main([*options, "num_images=3", "overwrite_output_dir=true"])
     with pytest.raises(InputError, match="num_images=3: precision_recall needs at least 4"):
         evaluate.main(["models=images", *QUICK])
+    evaluate.main(["models=images", "num_images=3", "metrics=frechet_distance", "num_bootstrap=0"])
     (Path("images") / "generated.json").write_text("{}")
     with pytest.raises(InputError, match=r"generated.json is no manifest of this version"):
         evaluate.main(["models=images", *QUICK])
+
+
+def test_sets_of_images_stand_apart_and_compare_only_where_their_protocols_agree(
+    run: Path, generated: list[int], fresh_accelerate: Callable[[], None]
+) -> None:
+    made = ["images_per_pass=10", "num_inference_steps=1", "model=embedded", "num_images=10"]
+    for folder, *options in (("a/x",), ("b", "seed=1")):
+        generate_samples.main([*made, f"output_dir={folder}", *options])
+    shutil.copytree("a/x", "a_x")
+    with pytest.raises(InputError, match="models=a_x and a/x would share the scores in scores/a_x"):
+        evaluate.main(["models=a/x,a_x", *QUICK])
+    with pytest.raises(InputError, match="The scores of a_x and b do not compare: seed: 0 and 1"):
+        evaluate.main(["models=a_x,b", "guidance_scales=1,2", *QUICK])
+    with pytest.raises(InputError, match="The scores of run and a_x do not compare: .*pixels: float and 8 bit"):
+        evaluate.main(["models=run,a_x", "guidance_scales=1,2", *QUICK])
+    # Of sets alone all images are measured, whatever num_images is.
+    evaluate.main(["models=a_x", "num_images=3", "metrics=precision_recall"])
+    (record,) = load_scores(Path("scores/a_x"))
+    assert generated == [] and record.score.protocol.num_images == 10
 
 
 def test_scores_without_the_later_parts_of_a_protocol_are_read(run: Path, generated: list[int]) -> None:
@@ -499,6 +524,62 @@ def test_intervals_are_measured_once_and_shown(
     ]
     shown = capsys.readouterr().out
     assert f"[{low:.4g}, {high:.4g}]" in shown and "[" not in without.splitlines()[1]
+    evaluate.main([*options, "num_bootstrap=2"])
+    assert load_scores(run / "scores") == [record] and generated == [8, 8], "more draws are as good"
+    evaluate.main([*options, "num_bootstrap=20"])
+    (again,) = load_scores(run / "scores")
+    assert generated == [8, 8, 8] and again.score.interval_draws == {"frechet_distance": 20}
+    assert again.score.intervals != record.score.intervals and again.score.values == record.score.values
+
+
+def test_two_evaluations_at_once_lose_no_number(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is whole while the first one measures."""
+    measure = evaluate.score_in_each
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        scores = measure(*args, **options)
+        monkeypatch.setattr(evaluate, "score_in_each", measure)
+        evaluate.main(["models=run", *FEW, "metrics=kernel_distance"])
+        return scores
+
+    monkeypatch.setattr(evaluate, "score_in_each", slowly)
+    evaluate.main(["models=run", *FEW, "metrics=frechet_distance"])
+    (record,) = load_scores(run / "scores")
+    assert set(record.score.values) == {"frechet_distance", "kernel_distance"}
+
+
+def test_a_users_classifier_names_its_classes_and_needs_no_reference(run: Path) -> None:
+    weights = Path("mine.safetensors")
+    shutil.copyfile(EMBEDDED_CLASSIFIER, weights)
+    options = ["models=embedded", *FEW, "metrics=class_agreement", f"feature_extractor={weights}"]
+
+    def agreement(*more: str) -> float | None:
+        evaluate.main([*options, *more])
+        (record,) = load_scores(Path("scores/embedded"))
+        shutil.rmtree("scores")
+        return record.score.class_agreement
+
+    unnamed = agreement()
+    assert unnamed is not None and unnamed > 0.5, "by number"
+    known = json.loads(EMBEDDED_CLASSIFIER.with_suffix(".json").read_text())
+    weights.with_suffix(".json").write_text(json.dumps(known | {"classes": known["classes"][::-1]}))
+    swapped = agreement()
+    assert swapped is not None and swapped < 0.3, "by name"
+    weights.with_suffix(".json").write_text(json.dumps(known | {"classes": known["classes"][::-1], "sha256": "0"}))
+    assert agreement() == unnamed, "of other weights"
+    weights.with_suffix(".json").write_text(json.dumps(known | {"classes": 3}))
+    with pytest.raises(InputError, match=r"mine.json: classes is 3, but must be"):
+        agreement()
+
+
+def test_each_extractor_takes_the_npz_file_that_fits_it(run: Path) -> None:
+    Path("own.py").write_text("maker = lambda: lambda images: images.mean(dim=(2, 3))\n")
+    np.savez("statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez("images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    for references in ("statistics.npz,images.npz", "images.npz,statistics.npz"):
+        evaluate.main(["models=run", *QUICK, "feature_extractor=own.py:maker", f"reference={references}"])
+    (record,) = load_scores(run / "scores")
+    assert record.score.protocol.reference == "images.npz"
 
 
 def test_images_of_an_npz_file_are_a_reference_for_any_extractor(run: Path) -> None:

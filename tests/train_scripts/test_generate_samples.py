@@ -246,6 +246,8 @@ def test_a_folder_of_other_images_is_left_alone(make: Callable[..., Path], tmp_p
         with pytest.raises(InputError, match="the folder holds other files; take an empty one"):
             make("other", option)
     assert contents(other) == {"0000001.png": b"mine"}
+    (other / "0000001.png").rename(other / ".tmp-generated.json-7")
+    assert contents(make("other")) == contents(make("another")), "a launch was killed before it wrote its manifest"
     (folder / "generated.json").write_text('{"format_version": 1}')
     with pytest.raises(InputError, match=r"generated.json is no manifest of this version .*overwrite_output_dir=true"):
         make("set")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import scipy.integrate
 import torch
@@ -17,12 +18,14 @@ from speed_diffusers.training.checkpoints import save_checkpoint
 from speed_diffusers.training.ema_tracks import (
     EmaTracks,
     ema_of_length,
+    error_of_length,
     inner_products,
     list_snapshots,
     power_of,
     remove_later_snapshots,
     save_snapshot,
 )
+from speed_diffusers.training.snapshots import run_places
 
 
 def test_powers_are_edm2s() -> None:
@@ -85,12 +88,45 @@ def test_another_length_comes_out_of_snapshots(tmp_path: Path) -> None:
         assert found.keys() == {"weight", "bias"} and found["weight"].dtype == torch.float32
         other = (targets if length != 0.1 else tracks).state_dict()[f"{length:g}/weight"]
         assert float((found["weight"] - other).norm()) < 0.05 * spread, length
+    assert (
+        error_of_length(tmp_path, 0.1, 800) == pytest.approx(0, abs=1e-6)
+        and error_of_length(tmp_path, 0.2, 800) < 0.03
+    )
+    assert error_of_length(tmp_path, 0.07, 50) < 0.06
     early = ema_of_length(tmp_path, 0.1, step=400)["weight"]
     remove_later_snapshots(tmp_path, 400)
     assert torch.equal(ema_of_length(tmp_path, 0.1)["weight"], early)
     remove_later_snapshots(tmp_path, 0)
     with pytest.raises(InputError, match="has no EMA snapshots"):
         ema_of_length(tmp_path, 0.1)
+
+
+def test_a_length_that_few_snapshots_do_not_make_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the combination weighs the steps with, added up step by step."""
+    for step in range(10, 101, 10):
+        save_snapshot(tmp_path, step, {"0.05/weight": torch.zeros(1), "0.1/weight": torch.zeros(1)})
+    length = 0.2
+    wanted, tracks = density(length), np.stack([density(0.05), density(0.1)])
+    shares = np.linalg.lstsq(tracks.T, wanted, rcond=None)[0]
+    expected = np.linalg.norm(shares / shares.sum() @ tracks - wanted) / np.linalg.norm(wanted)
+    assert error_of_length(tmp_path, length, 10) == pytest.approx(expected, rel=1e-2) == pytest.approx(0.60, abs=0.01)
+    with pytest.raises(
+        InputError, match="weights=ema:0.2: after step 10 the snapshots of .* differs by 60% .*at most 10%"
+    ):
+        ema_of_length(tmp_path, length, 10)
+    places = run_places(tmp_path, checkpoints=True, stop_checkpoints=False, weights="ema:0.2")
+    assert [place.step for place in places] == [70, 80, 90, 100]
+    (told,) = caplog.messages
+    assert "leaving out the steps 10, 20, 30, 40, 50, 60," in told
+    with pytest.raises(InputError, match="weights=ema:0.01: the snapshots of .* differs by"):
+        run_places(tmp_path, checkpoints=True, stop_checkpoints=False, weights="ema:0.01")
+
+
+def density(length: float) -> npt.NDArray[np.float64]:
+    """The weight of an average on 100,000 points of the training."""
+    power = power_of(length)
+    weights: npt.NDArray[np.float64] = (power + 1) * ((np.arange(100_000) + 0.5) / 100_000) ** power
+    return weights
 
 
 def test_a_kill_after_a_checkpoint_costs_no_snapshot(
