@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 import scipy.integrate
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from run_outputs import run_folder
@@ -93,9 +94,12 @@ def test_another_length_comes_out_of_snapshots(tmp_path: Path) -> None:
         and error_of_length(tmp_path, 0.2, 800) < 0.03
     )
     assert error_of_length(tmp_path, 0.07, 50) < 0.06
-    early = ema_of_length(tmp_path, 0.1, step=400)["weight"]
+    early = ema_of_length(tmp_path, 0.07, step=400)["weight"]
     remove_later_snapshots(tmp_path, 400)
-    assert torch.equal(ema_of_length(tmp_path, 0.1)["weight"], early)
+    assert torch.equal(ema_of_length(tmp_path, 0.07)["weight"], early)
+    assert {value.dtype for path in list_snapshots(tmp_path).values() for value in load_file(path).values()} == {
+        torch.float16
+    }
     remove_later_snapshots(tmp_path, 0)
     with pytest.raises(InputError, match="has no EMA snapshots"):
         ema_of_length(tmp_path, 0.1)

@@ -148,3 +148,18 @@ def test_state_goes_back_and_forth() -> None:
         step(model, optimizer, gradients[1])
         assert isinstance(optimizer, MuonWithAdamW) and len(optimizer.state) == len(list(model.parameters()))
     assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_a_flag_that_is_not_raised_changes_nothing_of_an_update() -> None:
+    start = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for flag in (None, 0.0, 1.0):
+        matrix = torch.nn.Parameter(start.clone())
+        muon = Muon([matrix], dtype=torch.float32, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+        muon.found_inf = None if flag is None else torch.tensor(flag)
+        for seed in (1, 2):
+            matrix.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+            muon.step()
+        found[flag] = matrix.detach()
+    torch.testing.assert_close(found[0.0], found[None], rtol=0, atol=1e-6)
+    assert torch.equal(found[1.0], start) and not torch.allclose(found[0.0], start, atol=0.05)
