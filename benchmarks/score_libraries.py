@@ -51,7 +51,6 @@ from speed_diffusers.metrics.pixels import to_uint8
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "score_libraries"
-NUMBERS = ("fid", "kid", "kernel_distance", "inception_score", "precision", "recall")
 
 
 @dataclass

@@ -280,7 +280,7 @@ def initialise(model: TrainableDiT, generator: torch.Generator, conditioning_ini
                 embedder.timestep_embedder.linear_1.weight,
                 embedder.timestep_embedder.linear_2.weight,
             )
-            stds = _unit_stds(*weights) if conditioning_init == "unit" else (DIT_EMBEDDER_STD,) * 3
+            stds = _unit_stds(*weights[1:]) if conditioning_init == "unit" else (DIT_EMBEDDER_STD,) * 3
             for weight, std in zip(weights, stds, strict=True):
                 nn.init.normal_(weight, std=std, generator=generator)
     for linear in (
@@ -292,7 +292,7 @@ def initialise(model: TrainableDiT, generator: torch.Generator, conditioning_ini
         nn.init.zeros_(linear.bias)
 
 
-def _unit_stds(label_table: Tensor, first: Tensor, second: Tensor) -> tuple[float, float, float]:
+def _unit_stds(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     """What makes label and timestep embeddings of mean square 1/2, whose sum then has 1."""
     # Sines and cosines of the same angles: the mean square of what enters the first layer is 1/2 at every timestep.
     return math.sqrt(0.5), math.sqrt(2.0 / first.shape[1]), math.sqrt(0.5 / (SILU_POWER * second.shape[1]))

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from free_port import free_port
 
 TESTS = Path(__file__).resolve().parent
 LONGEST = 240.0
@@ -114,11 +115,8 @@ class Forker:
         script: str = "train_dit_speed",
     ) -> list[Trainer]:
         """Starts the processes of one run, as torchrun does."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return [
             self.start(
                 folder,

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import InputError
 from ..files import write_text
 
@@ -112,18 +109,3 @@ class BadImages:
         named = " ".join(str(image) for image in [*self][:NAMED])
         more = f" ... ({self.file})" if self.file is not None else " ..." if len(self) > NAMED else ""
         return f"{named}{more}"
-
-
-def replacements(num_images: int, bad_rows: Iterable[int]) -> npt.NDArray[np.int64]:
-    """For each row, int64 (num_images,), the row whose image and label stand in its place: itself or the next.
-
-    Args:
-        num_images: Size of the set; behind its last row comes the first.
-        bad_rows: All that cannot be read.
-    """
-    rows = np.arange(num_images)
-    from_behind = sorted(bad_rows, reverse=True)
-    # Twice, for the rows at the end that are replaced by those at the beginning.
-    for row in from_behind * 2:
-        rows[row] = rows[(row + 1) % num_images]
-    return rows

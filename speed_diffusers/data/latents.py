@@ -258,7 +258,7 @@ def cache_latents(
     try:
         # Without having to write anything, so that a finished cache can lie on a read-only disk.
         wrong, bad = survey(folder, header, verify=verify)
-        remove_locks(folder, header, (index for index in range(header.num_shards) if index not in wrong))
+        remove_locks(folder, (index for index in range(header.num_shards) if index not in wrong))
         bad_images.add(bad)
         if wrong or not (folder / HEADER_FILE).exists():
             if rank == 0 and not folder.exists():

@@ -111,12 +111,11 @@ def survey(
     return wrong, [image for look in found.values() if not isinstance(look, str) for image in look]
 
 
-def remove_locks(folder: Path, header: CacheHeader, whole: Iterable[int]) -> None:
+def remove_locks(folder: Path, whole: Iterable[int]) -> None:
     """Removes the locks of processes that were killed when they had finished a shard, unless the disk is read-only.
 
     Args:
         folder: Of the cache.
-        header: Of the cache.
         whole: Numbers of the shards that were found whole. The lock of another keeps two processes from replacing it.
     """
     there = {path.name for suffix in ("lock", "holder") for path in folder.glob(f"*.{suffix}")}

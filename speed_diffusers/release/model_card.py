@@ -117,8 +117,7 @@ def card_data(facts: Facts, repo_id: str, licences: Licences) -> ModelCardData:
         pipeline_tag=TASK,
         base_model=facts.record.base_model,
         datasets=[dataset] if dataset else None,
-        tags=["diffusers", "diffusers-training", "dit", "speed-diffusers"]
-        + ["class-conditional"] * bool(facts.class_names),
+        tags=[*TAGS, *["class-conditional"] * bool(facts.class_names)],
         model_name=_title(repo_id),
         eval_results=results or None,
         # Once each, whole; the results name them by their hashes.

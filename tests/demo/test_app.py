@@ -4,7 +4,6 @@ import io
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -20,6 +19,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from browser import chromium, complaints, fill, hover, overflow, require_packages, resize, wait_for
+from free_port import free_port
 from speed_diffusers.generation.generate import GenerationSettings, class_samples
 from speed_diffusers.reports.plots import save_class_grid
 from speed_diffusers.reports.strategy_plot import area_shares, density_over_log_snr
@@ -39,9 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     require_packages("gradio", "selenium")
     folder = tmp_path_factory.mktemp("space") / "demo"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder.parent / "files")}
     with (folder.parent / "log").open("w") as log:
         app = subprocess.Popen(

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 import kills
 from fake_slurm import FakeSlurm
 from forked import Forker, forking, run_options
+from free_port import free_port
 from run_outputs import assert_same_checkpoint, final_tensors, metrics
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
@@ -130,13 +130,6 @@ def test_compiled_blocks_train_and_resume_to_the_same_bits(
             assert torch.equal(value, whole[name]), name
         else:  # its kernels round otherwise
             torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 LAUNCHERS = {

@@ -26,7 +26,9 @@ def stop(number, frame):
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, stop)
 told = {name: os.environ[name] for name in names} | {"options": sys.argv[2:]}
-(folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+file = folder / f"{os.environ['RANK']}.json"
+file.with_suffix(".part").write_text(json.dumps(told))
+file.with_suffix(".part").rename(file)
 if len(sys.argv) > 3 and sys.argv[2] == "fails":
     sys.exit(3)
 while not (folder / "saved").exists():

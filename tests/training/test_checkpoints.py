@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_diffusers import InputError
+from speed_diffusers.training import checkpoint_folders, checkpoints
 from speed_diffusers.training.checkpoint_folders import (
     find_checkpoint,
     list_checkpoints,
@@ -119,6 +120,61 @@ def test_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     again = light_run()
     again.load(find_checkpoint(tmp_path, "latest") or Path())
     assert torch.equal(again.model.weight, run.model.weight) and folder.name == "checkpoint-5"
+
+
+def test_the_old_one_is_there_until_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two renames of a replacement, and while one too many is deleted, a start finds whole checkpoints."""
+    run = saved_steps(tmp_path, 4, 5)
+    before = run.state()
+    with torch.no_grad():
+        run.model.weight.add_(1.0)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-checkpoint-5"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", fails)
+        run.save(tmp_path)
+    again = light_run()
+    found = find_checkpoint(tmp_path, "latest")
+    assert found is not None and found.name == "checkpoint-5"
+    again.load(found)
+    assert_same_state(again.state(), before)
+
+    def dies(path: Path) -> None:
+        assert not path.name.startswith("checkpoint-"), "what is half deleted must not look whole"
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint_folders, "remove", dies)
+        prune_checkpoints(tmp_path, 1, keep=5)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = checkpoints.sync, checkpoint_folders.replace_folder
+
+    def synced(path: Path) -> None:
+        done.append(path.name)
+        sync(path)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints, "sync", synced)
+    monkeypatch.setattr(checkpoint_folders, "sync", synced)
+    monkeypatch.setattr(checkpoints, "replace_folder", replaced)
+    saved_steps(tmp_path, 5)
+    renamed = done.index("rename")
+    assert set(done[:renamed]) == FILES | {".tmp-checkpoint-5"} and done[renamed + 1 :] == [tmp_path.name]
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:

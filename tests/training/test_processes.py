@@ -138,7 +138,7 @@ def test_a_signal_to_one_of_two_saves_the_same_step_on_both(
     stopped = tmp_path / "stopped"
     command = run_options(tiny_options, stopped / "run", *options)
     trainers = forker.start_ranks(stopped, command, changes=["stopped:1,5"])
-    codes = [trainer.wait(60) for trainer in trainers]
+    codes = [trainer.wait() for trainer in trainers]
     forker.end(trainers)
     assert codes == [128 + signal.SIGTERM] * 2, trainers[0].text() + trainers[1].text()
     (saved,) = (stopped / "run").glob("checkpoint-*")
@@ -154,7 +154,7 @@ def test_what_is_not_finite_on_one_rank_stops_both_before_it_is_applied(
 ) -> None:
     options = run_options(tiny_options, tmp_path / "run", "train_batch_size=2", "checkpointing_steps=3")
     trainers = forker.start_ranks(tmp_path, options, changes=["poisoned:1,7"])
-    codes = [trainer.wait(60) for trainer in trainers]
+    codes = [trainer.wait() for trainer in trainers]
     forker.end(trainers)
     assert codes == [1, 1]
     for trainer in trainers:
@@ -167,7 +167,7 @@ def test_what_is_not_finite_on_one_rank_stops_both_before_it_is_applied(
 def test_a_rank_that_is_killed_is_named(forker: Forker, tiny_options: list[str], tmp_path: Path) -> None:
     options = run_options(tiny_options, tmp_path / "run", "train_batch_size=2", "ddp_timeout=32")
     trainers = forker.start_ranks(tmp_path, options, changes=["dies:7"])
-    codes = [trainer.wait(60) for trainer in trainers]
+    codes = [trainer.wait() for trainer in trainers]
     forker.end(trainers)
     assert codes == [1, -signal.SIGKILL]
     said = trainers[0].text()

@@ -1,6 +1,5 @@
 """A model sharded by FSDP2, as far as CPUs can show it."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,8 +39,10 @@ def sharded_run(seed: int = 0) -> Run:
 
 
 @pytest.mark.usefixtures("one_process_group")
-def test_a_sharded_run_saves_whole_tensors_and_goes_on_exactly(tmp_path: Path) -> None:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+def test_a_sharded_run_saves_whole_tensors_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     run = sharded_run()
     assert all(isinstance(average, DTensor) for average in run.ema.state_dict().values())
     run.train(3)

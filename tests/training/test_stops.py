@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from run_outputs import assert_same_run, tensorboard_scalars
 from speed_diffusers.training import results, step
+from speed_diffusers.training.stop_request import StopRequest
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -38,6 +40,9 @@ def signalling(called: Callable[..., Any], number: int, signals: tuple[signal.Si
 def test_a_chain_of_stops_is_the_run_that_was_never_stopped(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(StopRequest, "SECONDS_OF_ONE_REQUEST", 60.0)  # of a machine that is busy too
+    # All starts are of one process here, and TensorBoard's reader sorts their files by second and number, as text.
+    monkeypatch.setattr(event_file_writer._global_uid, "_value", 10**6)
     options = ["train_batch_size=1", "gradient_accumulation_steps=4", "checkpointing_steps=6", "validation_steps=4"]
     options += ["random_flip=true", "report_to=tensorboard", "logging_steps=5", "num_validation_images=1"]
     whole = train(tmp_path / "whole", *options)

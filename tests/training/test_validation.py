@@ -77,6 +77,12 @@ def test_the_embedded_held_out_images_are_others() -> None:
     assert not hashes[0] & hashes[1]
     images = ValidationSet.encode(held_out, load_vae("embedded"), resolution=32, center_crop=True, num_images=20)
     assert images.latents.shape == (20, 4, 8, 8) and 0.7 < float(images.latents.std()) < 1.3
+    vae = load_vae("embedded")
+    pixels = np.stack([held_out.load_or_next(row, 32, True)[0] for row in held_out.spread(20)])
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    expected = posterior.mean * vae.config["scaling_factor"]
+    torch.testing.assert_close(images.latents, expected, rtol=2e-3, atol=2e-3)
     assert len(images.labels.unique()) > 5
 
 
