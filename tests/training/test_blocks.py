@@ -52,7 +52,7 @@ def test_every_share_recomputes_that_many_blocks(layers: int) -> None:
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_recomputed_blocks_run_twice_and_give_the_same_gradients(share: float) -> None:
     plain, recomputed = network(), network()
-    recompute_activations(recomputed, share)
+    prepare_blocks(recomputed, TrainConfig(gradient_checkpointing=share))
     runs = dict.fromkeys(range(4), 0)
     for layer, block in enumerate(recomputed.transformer.transformer_blocks):
 
