@@ -250,12 +250,12 @@ def run_places(
         seconds = float(np.interp(float(step), steps, times)) if timed else None
         return Place(checkpoint, step, None if global_batch is None else step * global_batch, seconds)
 
-    if weights.startswith(OF_LENGTH):
+    if (length := ema_length(weights)) is not None:
         snapshots = sorted(list_snapshots(folder).items())
         if not snapshots:
             raise InputError(f"models={folder}: weights={weights} needs the snapshots of a run with ema_tracks; none.")
         asked = snapshots if checkpoints else snapshots[-1:]
-        errors = {step: error_of_length(folder, float(weights.removeprefix(OF_LENGTH)), step) for step, _ in asked}
+        errors = {step: error_of_length(folder, length, step) for step, _ in asked}
         far = [step for step, error in errors.items() if error > LARGEST_ERROR]
         if len(far) == len(errors):
             raise InputError(f"weights={weights}: {too_few_snapshots(folder, min(errors.values()))}")
@@ -346,11 +346,10 @@ def put_weights(pipeline: DiTPipeline, checkpoint: Path, weights: str) -> None:
     Raises:
         InputError: The checkpoint is damaged, or of another model.
     """
-    of_length = weights.startswith(OF_LENGTH)
-    path = checkpoint if of_length else checkpoint / WEIGHTS[weights]
+    length = ema_length(weights)
+    path = checkpoint if length is not None else checkpoint / WEIGHTS[weights]
     try:
-        if of_length:
-            length = float(weights.removeprefix(OF_LENGTH))
+        if length is not None:
             state = ema_of_length(checkpoint.parent.parent, length, step_of_snapshot(checkpoint))
         else:
             state = load_file(path)

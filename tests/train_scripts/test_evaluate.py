@@ -239,6 +239,10 @@ def test_a_reference_of_ones_own_with_and_without_features(run: Path, image_fold
     assert report["held_out"] is True and report["training_images"]["recall"] == 1.0, "all are among them"
     assert str(run.resolve().parent) not in report["command"] and "'validation_data_dir=held out'" in report["command"]
     assert "precision" not in json.loads(Path("false/reference_features.json").read_text())["training_images"]
+    for more in ([], ["label_column=None"]):
+        make_reference_statistics.main([*data, *more, "output_dir=named"])
+        report = json.loads(Path("named/reference_features.json").read_text())
+        assert report["training_images"]["class_agreement"] is None, "it knows neither cats nor dogs"
     options = ["models=run", "feature_extractor=own.py:maker", *FEW]
     evaluate.main([*options, "reference=true/reference_features.safetensors"])
     (record,) = load_scores(run / "scores")
