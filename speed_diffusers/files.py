@@ -123,17 +123,30 @@ def written_whole(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
             remove(temporary)
 
 
-def remove_unfinished(folder: Path, *names: str) -> None:
-    """Removes what killed processes left of `written_whole`; only for who alone writes to the folder.
+def unfinished(folder: Path, *names: str) -> list[Path]:
+    """What killed processes, or ones still at work, have left of `written_whole`.
 
     Args:
         folder: Where they wrote; it need not exist.
         names: Names of their files and folders, or patterns such as "*.json".
     """
-    for leftover in list(folder.iterdir()) if folder.is_dir() else []:
-        stem, _, process = leftover.name.rpartition("-")
+    found = []
+    for each in list(folder.iterdir()) if folder.is_dir() else []:
+        stem, _, process = each.name.rpartition("-")
         if process.isdigit() and any(fnmatchcase(stem, f".tmp-{name}") for name in names):
-            remove(leftover)
+            found.append(each)
+    return found
+
+
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Removes what `unfinished` finds; only for who alone writes to the folder.
+
+    Args:
+        folder: Where they wrote; it need not exist.
+        names: Names of their files and folders, or patterns such as "*.json".
+    """
+    for leftover in unfinished(folder, *names):
+        remove(leftover)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from speed_diffusers.config.load import load_config
 from speed_diffusers.config.schema import option
 from speed_diffusers.data.moments import vae_factor, vae_fingerprint
 from speed_diffusers.errors import InputError
-from speed_diffusers.files import check_writable
+from speed_diffusers.files import check_writable, unfinished
 from speed_diffusers.generation.generate import GenerationSettings, choose_classes, generate, row_names_of
 from speed_diffusers.generation.image_files import (
     METADATA_FILE,
@@ -176,8 +175,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _others_in(folder: Path) -> list[str]:
     """Files of a folder without a manifest that no launch of this script has left, killed before it wrote one."""
-    ours = (LOCK_FILE, f".tmp-{MANIFEST}-*")
-    return [each.name for each in folder.iterdir() if not any(fnmatchcase(each.name, name) for name in ours)]
+    ours = {folder / LOCK_FILE, *unfinished(folder, MANIFEST)}
+    return [each.name for each in folder.iterdir() if each not in ours]
 
 
 def open_folder(folder: Path, wanted: Manifest, *, overwrite: bool) -> None:

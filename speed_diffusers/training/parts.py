@@ -300,12 +300,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 f"optimizer={config.optimizer}: works on whole matrices, which FSDP shards; take optimizer=adamw, "
                 f"{instead}."
             )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"WORLD_SIZE={launched}, but accelerate runs {accelerator.num_processes} process(es); on CPUs launch "
-            f"with: torchrun --nproc_per_node {launched}"
-        )
+    _check_joined(accelerator.num_processes)
     return accelerator
 
 
@@ -320,13 +315,13 @@ def check_launcher(environment: Mapping[str, str]) -> None:
         InputError: A part of it is missing, or it is no number.
     """
     # -1 is what older scripts set for a process that is alone.
-    given = {name: environment[name] for name in LAUNCHED_BY if environment.get(name, "-1") not in ("", "-1")}
+    given = {name: value for name in LAUNCHED_BY if (value := environment.get(name, "-1")) != "-1"}
     told = ", ".join(f"{name}={value}" for name, value in given.items())
     try:
         rank, _, world = (int(given.get(name, default)) for name, default in zip(LAUNCHED_BY, "001", strict=False))
     except ValueError as error:
         raise InputError(f"The environment has {told}: ranks and sizes are whole numbers.") from error
-    missing = [name for name in LAUNCHED_BY if name not in given]
+    missing = [name for name in LAUNCHED_BY if not given.get(name)]
     if missing and (world > 1 or rank > 0 or "LOCAL_RANK" in given):
         raise InputError(
             f"The environment has {told}, but not {', '.join(missing)}: launch with torchrun or accelerate launch, "
@@ -341,6 +336,20 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return environment.get("WORLD_SIZE", "1") not in ("", "-1", "1")
 
 
+def _check_joined(num_processes: int) -> None:
+    """Checks that accelerate has joined as many processes as the launcher started.
+
+    Raises:
+        InputError: It runs another number of them.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if is_launched(os.environ) and int(launched) != num_processes:
+        raise InputError(
+            f"WORLD_SIZE={launched}, but accelerate runs {num_processes} process(es); on CPUs launch with: "
+            f"torchrun --nproc_per_node {launched}"
+        )
+
+
 def start_process() -> PartialState:
     """Joins the other processes, if a launcher started several, for what is no training.
 
@@ -350,12 +359,7 @@ def start_process() -> PartialState:
     check_launcher(os.environ)
     # The others wait while one works alone, however long that takes.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise InputError(
-            f"WORLD_SIZE={launched}, but accelerate runs {state.num_processes} process(es); on CPUs launch with: "
-            f"torchrun --nproc_per_node {launched}"
-        )
+    _check_joined(state.num_processes)
     return state
 
 

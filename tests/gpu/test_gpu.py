@@ -244,7 +244,8 @@ def test_compiled_blocks_compute_the_same_in_one_graph(device: torch.device, mod
 
 
 def test_recomputed_activations_give_the_same_gradients_in_less_memory(device: torch.device, model: str) -> None:
-    peaks, found = {}, {}
+    peaks: dict[float, int] = {}
+    found = {}
     for share in (0.0, 0.5, 1.0):
         core = stirred(device, model)
         recompute_activations(core, share)
@@ -252,10 +253,12 @@ def test_recomputed_activations_give_the_same_gradients_in_less_memory(device: t
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         found[share] = gradients(core, device)
-        peaks[share] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 3.0 - share
+        if device.type == "cuda":
+            peaks[share] = torch.cuda.max_memory_allocated()
         # Kernels that add up in any order may differ in the last bits.
         assert relative_distance(found[share], found[0.0]) < 1e-5
-    assert peaks[0.0] > peaks[0.5] > peaks[1.0]
+    if device.type == "cuda":  # nothing counts what a CPU allocates
+        assert peaks[0.0] > peaks[0.5] > peaks[1.0]
 
 
 def test_the_exported_model_computes_the_same_on_device_and_cpu(device: torch.device, run_config: RunConfig) -> None:

@@ -100,6 +100,7 @@ def test_one_line_and_nothing_written(tiny_options: list[str], tmp_path: Path, w
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but not RANK"),
         ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1, WORLD_SIZE=1, but not LOCAL_RANK"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: ranks and sizes are whole numbers"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: ranks and sizes are whole numbers"),
     ],
     ids=str,
 )

@@ -4,14 +4,17 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedType
 from accelerate.state import PartialState
 from torch.distributed import HashStore
 
 from speed_diffusers.errors import InputError
+from speed_diffusers.training import parts
 from speed_diffusers.training.config import TrainConfig
-from speed_diffusers.training.parts import make_accelerator
+from speed_diffusers.training.parts import make_accelerator, start_process
 from speed_diffusers.training.ranks import Ranks
 
 
@@ -168,3 +171,19 @@ def test_the_timeout_is_that_of_the_process_group(
     assert given["timeout"] == timedelta(minutes=10)
     with pytest.raises(InputError, match=r"ddp_timeout=0: must lie in \[1, 604800\]"):
         TrainConfig(ddp_timeout=0)
+
+
+@pytest.mark.parametrize("start", [lambda: make_accelerator(TrainConfig()), start_process], ids=["training", "other"])
+def test_accelerate_has_joined_as_many_processes_as_were_launched(
+    start: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, mixed_precision="no")
+    for name in ("Accelerator", "PartialState"):
+        monkeypatch.setattr(parts, name, lambda **options: alone)
+    monkeypatch.setenv("WORLD_SIZE", "-1")
+    assert start() is alone, "-1 says that there is one process"
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=2, but accelerate runs 1 process\(es\); on CPUs launch with: "):
+        start()
