@@ -115,7 +115,8 @@ SETTINGS = {
         arms={
             **dict.fromkeys(("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"), FIVE),
             **dict.fromkeys(("uniform_v", "uniform_epsilon_unit", "uniform_v_unit", "paper_v"), TWO),
-            **dict.fromkeys(("fast_density_v_unit", "uniform_v_fast", "fast_adamw"), TWO),
+            **dict.fromkeys(("paper_v_unit", "fast_density_v_unit", "uniform_v_fast", "fast_adamw"), TWO),
+            "fast_ema_0.99": TWO,
             "uniform_epsilon_rate_0.002": TWO,  # where the baseline ended closest in the first setting
             **dict.fromkeys(("uniform_epsilon_cosine_1000", "uniform_epsilon_tuned_cosine_1000"), (0,)),
             **dict.fromkeys(("uniform_epsilon_cosine_3000", "uniform_epsilon_tuned_cosine_3000"), (0,)),

@@ -14,6 +14,7 @@ COSINE = "_cosine"
 FACTORS = (
     ("SpeeD's density and weighting: epsilon, DiT's embedders", "paper_epsilon", "uniform_epsilon"),
     ("SpeeD's density and weighting: epsilon, unit embedders", "paper_epsilon_unit", "uniform_epsilon_unit"),
+    ("SpeeD's density and weighting: epsilon, unit embedders, Muon", "paper_epsilon_fast", "uniform_epsilon_fast"),
     ("SpeeD's density and weighting: velocity, DiT's embedders", "paper_v", "uniform_v"),
     ("SpeeD's density and weighting: velocity, unit embedders", "paper_v_unit", "uniform_v_unit"),
     ("SpeeD's density and weighting: velocity, unit embedders, Muon", "paper_v_fast", "uniform_v_fast"),
@@ -26,15 +27,17 @@ FACTORS = (
     ),
     ("Velocity instead of epsilon: uniform", "uniform_v", "uniform_epsilon"),
     ("Velocity instead of epsilon: SpeeD", "paper_v", "paper_epsilon"),
+    ("Velocity instead of epsilon: uniform, unit embedders, Muon", "uniform_v_fast", "uniform_epsilon_fast"),
     ("Embedders of unit size: uniform, epsilon", "uniform_epsilon_unit", "uniform_epsilon"),
     ("Embedders of unit size: uniform, velocity", "uniform_v_unit", "uniform_v"),
     ("Embedders of unit size: SpeeD, velocity", "paper_v_unit", "paper_v"),
-    ("Muon instead of AdamW: the recipe, each at its best rate", "fast", "fast_adamw"),
+    ("Muon instead of AdamW at 4e-3: the recipe", "fast", "fast_adamw"),
     (
-        "Muon instead of AdamW: uniform, epsilon, unit embedders",
+        "Muon instead of AdamW at 1e-3: uniform, epsilon, unit embedders",
         "uniform_epsilon_fast",
         "uniform_epsilon_unit",
     ),
+    ("Muon instead of AdamW at 1e-3: SpeeD, epsilon, unit embedders", "paper_epsilon_fast", "paper_epsilon_unit"),
     ("Learning rate of the baseline: 4e-3 instead of 1e-3", "uniform_epsilon_tuned", "uniform_epsilon"),
     ("Learning rate of the baseline: 4e-3 instead of 2e-3", "uniform_epsilon_tuned", "uniform_epsilon_rate_0.002"),
     ("The whole recipe, the baseline at 2e-3", "fast", "uniform_epsilon_rate_0.002"),
@@ -46,6 +49,11 @@ FACTORS = (
         "uniform_epsilon_tuned",
     ),
     ("The whole recipe, average of 0.99 in both", "fast_ema_0.99", "uniform_epsilon_tuned_ema_0.99"),
+    (
+        "The whole recipe, average of 0.99 in both, the baseline at 2e-3",
+        "fast_ema_0.99",
+        "uniform_epsilon_rate_0.002_ema_0.99",
+    ),
 )
 """What is changed and with what else, the arm that has it and the one that has not."""
 
@@ -59,7 +67,7 @@ LADDER = (
     ("both: SpeeD and velocity", "paper_v"),
     ("and embedders of unit size", "paper_v_unit"),
     ("and log SNR normal around -1, evenly drawn, instead of SpeeD's density", "fast_density_v_unit"),
-    ("and AdamW at its best rate, 4e-3", "fast_adamw"),
+    ("and AdamW at 4e-3", "fast_adamw"),
     ("and Muon instead: `fast`", "fast"),
     ("and an average over half as many steps: decay 0.99 instead of 0.995", "fast_ema_0.99"),
 )

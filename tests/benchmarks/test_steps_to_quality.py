@@ -154,7 +154,7 @@ def test_a_setting_names_the_arms_and_seeds_that_it_runs() -> None:
     emoji = list(jobs(["emoji"], [], []))
     main_arms = {"uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"}
     assert {job.arm for job in emoji[:20]} == main_arms and {job.seed for job in emoji[20:]} == {0, 1}
-    assert len(emoji) == len(set(emoji)) == 20 + 2 * 8 + 7
+    assert len(emoji) == len(set(emoji)) == 20 + 2 * 10 + 7
     assert list(jobs(["emoji"], ["paper_v"], [4])) == [], "paper_v has five seeds, but two on emoji"
 
 
