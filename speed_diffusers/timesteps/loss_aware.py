@@ -127,7 +127,8 @@ class InformationRate(LossAwareDensity):
 
 @DENSITIES.register(
     "infonoise",
-    summary="InfoNoise: by the information per log sigma that the network's errors show, over the loss weight.",
+    summary="InfoNoise, for velocity and flows: by the information per log sigma that the network's errors show, over "
+    "the loss weight.",
     reference="InfoNoise, [arXiv 2602.18647](https://arxiv.org/abs/2602.18647), as public ports of it read: error "
     "of x_0 / sigma^2, gated by sigma^3 / (sigma^3 + c^3), divided by the weight on the error of x_0, "
     "search=0.002 being its rule for c; not checked against the paper",
@@ -148,8 +149,11 @@ class InformationRate(LossAwareDensity):
 class InfoNoise(InformationRate):
     """The gated entropy rate divided by the loss weight, so that density times weight follows the rate.
 
-    Where the weight is 0 nothing is learned and nothing but the uniform share is drawn. State: as `InformationRate`,
-    and `weights` (T,), float64, the loss weights of the last update.
+    Where the weight is 0 nothing is learned and nothing but the uniform share is drawn. Epsilon's loss weighs the
+    error of x_0 by SNR, and where that is low a network that predicts epsilon errs by more than x_0 itself: divided by
+    the weight, nine of ten draws are mostly noise, and little is learned.
+
+    State: as `InformationRate`, and `weights` (T,), float64, the loss weights of the last update.
     """
 
     def __init__(
