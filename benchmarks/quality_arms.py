@@ -294,6 +294,11 @@ def _arms() -> dict[str, Arm]:
                 # The authors' first code saves most with epsilon: that needs more than a second seed.
                 seeds = (0, 1, 2) if name == "seed_epsilon" else TWO
                 grid.add(name, options(density, target), seeds=seeds, **measured)
+    # What SpeeD is worth on a flow, of whose steps few have settled, and what the recipe's timesteps are.
+    grid.add("uniform_flow", options("uniform", "flow"), **MIDDLE)
+    grid.add("paper_flow", options("paper", "flow"), **MIDDLE)
+    for density in ("fast", "logit_normal"):
+        grid.add(f"{density}_flow", options(density, "flow"), **screened["v"] | {"seeds": (0,)})
     # What the field has found since, over the density, target and initialisation of the recipe.
     unit = options("fast", "v", init="unit")
     uncertainty: Options = {"speed_weighting": "uncertainty"}

@@ -16,6 +16,7 @@ FACTORS = (
     ("SpeeD's density and weighting: epsilon, unit embedders", "paper_epsilon_unit", "uniform_epsilon_unit"),
     ("SpeeD's density and weighting: epsilon, unit embedders, Muon", "paper_epsilon_fast", "uniform_epsilon_fast"),
     ("SpeeD's density and weighting: velocity, DiT's embedders", "paper_v", "uniform_v"),
+    ("SpeeD's density and weighting: flow, DiT's embedders", "paper_flow", "uniform_flow"),
     ("SpeeD's density and weighting: velocity, unit embedders", "paper_v_unit", "uniform_v_unit"),
     ("SpeeD's density and weighting: velocity, unit embedders, Muon", "paper_v_fast", "uniform_v_fast"),
     ("Gaussian over log SNR, even draw: velocity, unit embedders", "fast_density_v_unit", "uniform_v_unit"),
@@ -79,7 +80,7 @@ MARKERS = "<!-- made: steps_to_quality -->", "<!-- end -->"
 DISTANCES = {"frechet_distance": ("Fréchet distance", "{:.2f}"), "kernel_distance": ("Kernel distance", "{:.4f}")}
 """By score: its name in words, and how its values are written."""
 
-SCREENING_SHARES = {"epsilon": (0.5, 1.0), "v": (0.5, 0.75)}
+SCREENING_SHARES = {"epsilon": (0.5, 1.0), "v": (0.5, 0.75), "flow": (0.5, 0.75)}
 """By target: shares of the run of uniform sampling, as far as the others were run."""
 
 PLOTTED = ("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "paper_v", "fast", "fast_ema_0.99")
@@ -222,7 +223,7 @@ def screening(curves: Sequence[Curve], score: str) -> str | None:
     lines = [
         "**Density and weighting alone**: times fewer steps than uniform sampling with the same target, DiT's "
         "embedders and AdamW at 1e-3, to the distance that it has after a share of its run (3,000 steps with epsilon, "
-        "2,000 with velocity).",
+        "2,000 with velocity or a flow).",
         "",
         f"| preset, density or weighting | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),

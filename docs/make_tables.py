@@ -29,6 +29,7 @@ from speed_diffusers.weightings import WEIGHTINGS
 PAGES = sorted(Path(__file__).resolve().parent.glob("*.md"))
 NIGHTLY = Path(__file__).resolve().parents[1] / "benchmarks" / "nightly" / "result.json"
 SCORE_LIBRARIES = Path(__file__).resolve().parents[1] / "benchmarks" / "score_libraries" / "result.json"
+STEPS_TO_QUALITY = Path(__file__).resolve().parents[1] / "benchmarks" / "steps_to_quality" / "quickstart" / "table.md"
 
 
 def diffusion(*, zero_snr: bool = False, **options: Any) -> ForwardProcess:
@@ -209,6 +210,12 @@ def presets_table() -> str:
     return markdown(["preset", "settings"], rows)
 
 
+def screening_table() -> str:
+    """What each density and weighting saves, out of the committed tables of benchmarks/steps_to_quality.py."""
+    _, _, rest = STEPS_TO_QUALITY.read_text("utf-8").partition("**Density and weighting alone**")
+    return next(block for block in rest.split("\n\n") if block.startswith("|"))
+
+
 def nightly_table() -> str:
     """The last outcome of the tests that take minutes, from the committed result."""
     result = json.loads(NIGHTLY.read_text("utf-8"))
@@ -245,6 +252,7 @@ MADE: dict[str, Callable[[], str]] = {
     "extractors": extractors_table,
     "score_libraries": score_libraries_table,
     "nightly": nightly_table,
+    "screening": screening_table,
 }
 
 
