@@ -114,10 +114,10 @@ SETTINGS = {
         # What the claims stand on, and each factor of the recipe alone and left out.
         arms={
             **dict.fromkeys(("uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"), FIVE),
+            "uniform_epsilon_rate_0.002": FIVE,  # where the baseline ended closest in the first setting
             **dict.fromkeys(("uniform_v", "uniform_epsilon_unit", "uniform_v_unit", "paper_v"), TWO),
             **dict.fromkeys(("paper_v_unit", "fast_density_v_unit", "uniform_v_fast", "fast_adamw"), TWO),
             "fast_ema_0.99": TWO,
-            "uniform_epsilon_rate_0.002": TWO,  # where the baseline ended closest in the first setting
             **dict.fromkeys(("uniform_epsilon_cosine_1000", "uniform_epsilon_tuned_cosine_1000"), (0,)),
             **dict.fromkeys(("uniform_epsilon_cosine_3000", "uniform_epsilon_tuned_cosine_3000"), (0,)),
             **dict.fromkeys(("fast_cosine_500", "fast_cosine_600", "fast_cosine_1000"), (0,)),

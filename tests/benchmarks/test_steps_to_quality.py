@@ -152,9 +152,9 @@ def test_a_setting_names_the_arms_and_seeds_that_it_runs() -> None:
         (arm, seed) for arm in ("uniform_epsilon", "uniform_epsilon_tuned", "fast") for seed in (0, 1)
     }
     emoji = list(jobs(["emoji"], [], []))
-    main_arms = {"uniform_epsilon", "uniform_epsilon_tuned", "paper_epsilon", "fast"}
-    assert {job.arm for job in emoji[:20]} == main_arms and {job.seed for job in emoji[20:]} == {0, 1}
-    assert len(emoji) == len(set(emoji)) == 20 + 2 * 10 + 7
+    main_arms = {"uniform_epsilon", "uniform_epsilon_tuned", "uniform_epsilon_rate_0.002", "paper_epsilon", "fast"}
+    assert {job.arm for job in emoji[:25]} == main_arms and {job.seed for job in emoji[25:]} == {0, 1}
+    assert len(emoji) == len(set(emoji)) == 25 + 2 * 9 + 7
     assert list(jobs(["emoji"], ["paper_v"], [4])) == [], "paper_v has five seeds, but two on emoji"
 
 
