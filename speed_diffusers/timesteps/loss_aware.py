@@ -127,8 +127,7 @@ class InformationRate(LossAwareDensity):
 
 @DENSITIES.register(
     "infonoise",
-    summary="InfoNoise, for velocity and flows: by the information per log sigma that the network's errors show, over "
-    "the loss weight.",
+    summary="InfoNoise, for velocity and flows: by the information per log sigma in the errors, over the loss weight.",
     reference="InfoNoise, [arXiv 2602.18647](https://arxiv.org/abs/2602.18647), as public ports of it read: error "
     "of x_0 / sigma^2, gated by sigma^3 / (sigma^3 + c^3), divided by the weight on the error of x_0, "
     "search=0.002 being its rule for c; not checked against the paper",
